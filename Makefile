@@ -1,0 +1,59 @@
+# `make demo` and `make test` need Python 3.10 or later and nothing else. The first one run makes .venv and installs;
+# later ones reuse it. `make test PYTHON=python3.12 VENV=../venv` chooses another Python and another place.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo-out
+PYTEST_ARGS ?=
+
+BIN = $(VENV)/bin
+PACKAGING = setup.py pyproject.toml
+
+# The folder kernels/ here must never answer an import of the unrelated distribution of that name.
+export PYTHONSAFEPATH = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test dev lint clean distclean
+
+demo: $(VENV)/.installed
+	$(BIN)/ddengine demo -o $(DEMO)
+
+# One thread: on the tests' tiny tensors, more of them only wait for each other.
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.installed-test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+dev: $(VENV)/.installed-dev
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check --output-format=concise .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp appears only after a whole install, so that an interrupted one is done again.
+$(VENV)/.installed: $(PACKAGING) | $(BIN)/python
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(PACKAGING) | $(BIN)/python
+	$(BIN)/python -m pip install -e ".[test]"
+	@touch $(VENV)/.installed $@
+
+# The links show editors and mypy the packages that setup.py maps; git and the wheel leave them out.
+$(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python
+	$(BIN)/python -m pip install -e ".[dev]"
+	ln -sfn ../kernels ddengine/kernels
+	ln -sfn ../bench ddengine/bench
+	ln -sfn ../examples ddengine/examples
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DEMO)
+	rm -f ddengine/kernels ddengine/bench ddengine/examples
+	find . -path ./.git -prune -o -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+distclean: clean
+	rm -rf $(VENV)

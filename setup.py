@@ -1,0 +1,53 @@
+"""Packaging of ddengine: an explicit package list, with the repository's top-level folders mapped below
+`ddengine`.
+
+`kernels/`, `bench/` and `examples/` stand at the top of the repository because people look for them there,
+but they are installed as `ddengine.kernels`, `ddengine.bench` and `ddengine.examples`, so nothing of ours
+claims those bare names.
+"""
+
+from __future__ import annotations
+
+from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
+from setuptools.errors import OptionError
+
+MAPPED = {
+    "ddengine.kernels": "kernels",
+    "ddengine.bench": "bench",
+    "ddengine.examples": "examples",
+}
+PACKAGES = [
+    "ddengine",
+    "ddengine.backends",
+    "ddengine.directdrag",
+    "ddengine.models",
+    "ddengine.scenes",
+    "ddengine.training",
+    *MAPPED,
+]
+
+
+class EditableWheel(editable_wheel):
+    """Refuse the compat mode: it puts the repository root on the path, where the mapped packages are missing
+    and bare `kernels` answers imports meant for another distribution."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if (self.mode or "").lower() == "compat":
+            raise OptionError(
+                "editable_mode=compat cannot map ddengine.kernels; use the default or the strict mode"
+            )
+
+
+setup(
+    packages=PACKAGES,
+    package_dir=dict(MAPPED),
+    package_data={
+        "ddengine": ["py.typed"],
+        "ddengine.models": ["embedded_weights/**/*.safetensors", "embedded_weights/**/*.json"],
+        "ddengine.examples": ["*.png", "*.json"],
+    },
+    include_package_data=False,
+    cmdclass={"editable_wheel": EditableWheel},
+)
