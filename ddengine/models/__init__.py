@@ -1,0 +1,1 @@
+"""The networks: loading them, walking them, and the readout head."""
