@@ -1,0 +1,152 @@
+"""The scene bench: held-out drags whose right answer is known, so quality is a number and not an impression.
+
+A drag's scene, its goal (the same scene with the part moved) and the embedded model's edit give three figures:
+
+- goal gain = 1 - MSE(edit, goal) / MSE(input, goal) over the pixels that differ between input and goal: 1 is the perfect
+  answer, 0 is what doing nothing scores, below 0 is worse than nothing;
+- distance from where the part is found in the edit to its target, as a share of the drag's length: 1 for no motion;
+- PSNR in dB against the input over all pixels that should not change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddengine.config import DirectDragConfig, ablation
+from ddengine.scenes.scene import TrueDrag, true_drag
+
+if TYPE_CHECKING:
+    from ddengine.engine import Engine
+
+SIZE = 128
+SEED = 20_000_000  # training draws its scenes from other seeds
+CHANGED = 12  # levels of 255 by which a pixel must differ between input and goal to count as changed
+MARGIN = 6  # pixels around the changed region that belong to neither region
+FLAWLESS = 60.0  # dB that stand for identical pixels, so that a mean exists
+
+Picture = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Figures of one edit; `moved` is the part's name."""
+
+    moved: str
+    goal_gain: float
+    distance: float
+    psnr_outside: float
+
+
+def held_out(count: int, seed: int = SEED) -> list[TrueDrag]:
+    """`count` drags that no training run has seen."""
+    return [true_drag(np.random.default_rng((seed, k))) for k in range(count)]
+
+
+def score(drag: TrueDrag, edited: Image.Image) -> Score:
+    """Judge an edited picture (`SIZE` x `SIZE`) against the drag's goal."""
+    before, goal, after = (np.asarray(x, np.float32) for x in (drag.scene.render(SIZE), drag.goal.render(SIZE), edited))
+    changed = np.abs(before - goal).max(2) > CHANGED
+    still = ~_grown(changed, MARGIN)
+    gain = 1 - np.square(after - goal)[changed].mean() / np.square(before - goal)[changed].mean()
+    error = float(np.square(after - before)[still].mean()) if still.any() else 0.0
+    psnr = min(FLAWLESS, 10 * math.log10(255**2 / max(error, 1e-9)))
+    return Score(drag.part, float(gain), distance(drag, before, after), psnr)
+
+
+def distance(drag: TrueDrag, before: Picture, after: Picture) -> float:
+    """How far from its target the part lies, over the drag's length.
+
+    The part is the input's patch around the handle; it is looked for in the edit at every pixel within 1.25 drag lengths of
+    the drag's path by the smallest mean squared difference of colours (each patch's own part of the picture, no network).
+    """
+    handle, target = (np.array(p) * SIZE - 0.5 for p in (drag.handle, drag.target))
+    length = float(np.hypot(*(target - handle)))
+    radius = int(np.clip(round(drag.radius * SIZE), 4, 10))
+    template = _patch(_padded(before, radius), np.rint(handle).astype(int), radius)
+    padded = _padded(after, radius)
+    best, where = math.inf, handle
+    ys, xs = np.mgrid[0:SIZE, 0:SIZE]
+    for x, y in zip(
+        xs[_near(xs, ys, handle, target, 1.25 * length)], ys[_near(xs, ys, handle, target, 1.25 * length)], strict=True
+    ):
+        error = float(np.square(_patch(padded, (x, y), radius) - template).mean())
+        if error < best:
+            best, where = error, np.array((x, y), float)
+    return float(np.hypot(*(where - np.rint(target)))) / length
+
+
+def _near(xs: NDArray, ys: NDArray, start: NDArray, end: NDArray, reach: float) -> NDArray[np.bool_]:
+    along = end - start
+    share = np.clip(((xs - start[0]) * along[0] + (ys - start[1]) * along[1]) / (along @ along), 0, 1)
+    return np.hypot(xs - start[0] - share * along[0], ys - start[1] - share * along[1]) <= reach
+
+
+def _padded(picture: Picture, radius: int) -> Picture:
+    return np.pad(picture, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+
+
+def _patch(padded: Picture, xy: Sequence[int] | NDArray, radius: int) -> Picture:
+    """The square patch of `radius` around a pixel (x, y) of the unpadded picture."""
+    x, y = xy
+    return padded[y : y + 2 * radius + 1, x : x + 2 * radius + 1]
+
+
+def _grown(region: NDArray[np.bool_], margin: int) -> NDArray[np.bool_]:
+    out = region.copy()
+    for axis in (0, 1):
+        padded = np.pad(out, [(margin, margin) if a == axis else (0, 0) for a in (0, 1)])
+        out = np.lib.stride_tricks.sliding_window_view(padded, 2 * margin + 1, axis).any(-1)
+    return out
+
+
+def configurations(rows: bool) -> dict[str, DirectDragConfig]:
+    """What the bench compares: the default, the default with every stage off, and with `rows` the ablation on it."""
+    table = ablation("default")
+    chosen = {"default": table["+SM+RG+LWF"].config, "all stages off": table["baseline"].config}
+    if rows:
+        chosen |= {"soft mask": table["+SM"].config, "soft mask + readout": table["+SM+RG"].config}
+        chosen |= {"paper": DirectDragConfig.preset("paper")}
+    return chosen
+
+
+def run(
+    engine: Engine,
+    drags: Sequence[TrueDrag],
+    configs: Mapping[str, DirectDragConfig],
+    on_edit: Callable[[str, int, Image.Image], None] = lambda name, index, image: None,
+) -> Iterator[tuple[str, int, Score]]:
+    """Edit every drag with every configuration; yields (configuration, index, score) as they come, "unedited" included."""
+    for index, drag in enumerate(drags):
+        picture = drag.scene.render(SIZE)
+        pair = tuple((x * SIZE - 0.5, y * SIZE - 0.5) for x, y in (drag.handle, drag.target))
+        yield "unedited", index, score(drag, picture)
+        for name, config in configs.items():
+            image = engine.edit(picture, [pair], config=config).image
+            on_edit(name, index, image)
+            yield name, index, score(drag, image)
+
+
+def summary(scores: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, float]]:
+    """Means by configuration (and the median gain, which single failures do not move)."""
+    return {
+        name: {
+            "edits": len(found),
+            "goal_gain": float(np.mean([s.goal_gain for s in found])),
+            "goal_gain_median": float(np.median([s.goal_gain for s in found])),
+            "distance": float(np.mean([s.distance for s in found])),
+            "psnr_outside": float(np.mean([s.psnr_outside for s in found])),
+        }
+        for name, found in scores.items()
+    }
+
+
+def as_records(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[dict[str, float | str]]]:
+    """Plain values for JSON."""
+    return {name: [asdict(s) for s in found] for name, found in scores.items()}
