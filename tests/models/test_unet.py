@@ -132,5 +132,10 @@ def test_the_walk_is_one_graph() -> None:
     expected = walk(latent, time, context)[0]
     compiled = torch.compile(walk, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(latent, time, context)[0], expected, atol=1e-6)
+    kv = walk(latent + 1, time, context)[3]
+    mutual = torch.compile(
+        lambda x, pairs: unet_forward(unet, x, time, context, reference_kv=pairs).noise, fullgraph=True, backend="eager"
+    )
+    assert torch.allclose(mutual(latent, kv), unet_forward(unet, latent, 5, context, reference_kv=kv).noise, atol=1e-6)
     exported = torch.export.export(walk, (latent, time, context))
     assert torch.allclose(exported.module()(latent, time, context)[0], expected, atol=1e-6)

@@ -1,0 +1,42 @@
+"""Denoising the edit: the noise prediction of one step, with or without attention to the unedited picture."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ddengine.backends.passes import Passes
+from ddengine.directdrag.reference import Reference
+from ddengine.directdrag.run import Run
+from ddengine.models.unet import KeyValue
+from ddengine.schedule import ddim_step
+
+
+class ReferenceRow:
+    """The unedited picture beside the edit: gives each step's keys and values, from memory or by walking along."""
+
+    def __init__(self, passes: Passes, reference: Reference, spacing: int, run: Run) -> None:
+        self._passes, self._reference, self._spacing, self._run = passes, reference, spacing, run
+        self._latent = reference.latents[-1]
+
+    def key_value(self, step: int, t: int) -> tuple[KeyValue, ...]:
+        """Keys and values of denoising step `step` at time t; steps are asked for in order and without gaps."""
+        if self._reference.kv is not None:
+            return self._reference.kv[step]
+        known = self._reference.latents
+        latent = known[step] if step < len(known) else self._latent
+        out = self._passes.reference(latent, t)
+        self._run.count("denoise", forward=1)
+        self._latent = ddim_step(self._passes.schedule, out.epsilon, t, latent, self._spacing)
+        return out.kv
+
+
+def predict_noise(
+    passes: Passes, latent: Tensor, t: int, run: Run, *, reference_kv: tuple[KeyValue, ...] | None = None
+) -> Tensor:
+    """The edit's noise prediction [1,4,h,w] at time t.
+
+    reference_kv: keys and values of the unedited picture, which the edit's queries then attend to instead of their
+    own in the last two up blocks (mutual self-attention, MasaCtrl); None: plain.
+    """
+    run.count("denoise", forward=1)
+    return passes.predict(latent, t) if reference_kv is None else passes.denoise(latent, t, reference_kv)

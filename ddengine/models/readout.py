@@ -1,0 +1,80 @@
+"""The readout head: reads an appearance map out of the UNet's decoder features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ReadoutHead(nn.Module):
+    """Aggregates the up-block resnet taps into one appearance map (Readout Guidance's aggregation network).
+
+    dims: channels of each tap. time_dim: width of the UNet's time embedding, or None for a head that ignores it.
+    projection: channels P of the map. bottleneck: hidden channels of a layer (a quarter of P). groups: norm groups.
+    Parameter names are those of the published checkpoints.
+
+        G = Σ_l softmax(mix)_l · y_l        y_l one bottleneck layer of tap l, resized bilinearly to the common grid
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        time_dim: int | None,
+        projection: int = 384,
+        bottleneck: int | None = None,
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        hidden = projection // 4 if bottleneck is None else bottleneck
+        self.dims, self.time_dim, self.projection = tuple(dims), time_dim, projection
+        self.bottleneck, self.groups = hidden, groups
+        self.bottleneck_layers = nn.ModuleList(_Bottleneck(dim, hidden, projection, time_dim, groups) for dim in dims)
+        self.mixing_weights = nn.Parameter(torch.ones(len(self.dims)))
+
+    def forward(self, taps: Sequence[Tensor], time_embedding: Tensor | None, size_hw: tuple[int, int]) -> Tensor:
+        """The appearance map [B,P,h,w] on a grid of `size_hw`; taps [B,C_l,h_l,w_l], time_embedding [1 or B,D]."""
+        weights = torch.softmax(self.mixing_weights, dim=0)
+        layers = zip(weights, self.bottleneck_layers, taps, strict=True)
+        return torch.stack([weight * layer(tap, time_embedding, size_hw) for weight, layer, tap in layers]).sum(0)
+
+
+class _Conv(nn.Conv2d):
+    """A bias-free convolution that carries its own group norm."""
+
+    def __init__(self, channels: int, out: int, size: int, groups: int) -> None:
+        super().__init__(channels, out, size, padding=size // 2, bias=False)
+        self.norm = nn.GroupNorm(groups, out)
+
+
+class _Bottleneck(nn.Module):
+    """One residual bottleneck layer on the common grid.
+
+    a = ReLU(GN(conv1×1 x)) + ReLU(W·emb + b) ;  a = ReLU(GN(conv3×3 a)) ;  y = ReLU(GN(conv1×1 a) + GN(conv1×1 x))
+    """
+
+    def __init__(self, channels: int, hidden: int, out: int, time_dim: int | None, groups: int) -> None:
+        super().__init__()
+        self.shortcut = _Conv(channels, out, 1, groups)
+        self.conv1 = _Conv(channels, hidden, 1, groups)
+        self.conv2 = _Conv(hidden, hidden, 3, groups)
+        self.conv3 = _Conv(hidden, out, 1, groups)
+        self.emb_layers = nn.Linear(time_dim, hidden) if time_dim is not None else None
+
+    def forward(self, tap: Tensor, time_embedding: Tensor | None, size_hw: tuple[int, int]) -> Tensor:
+        # The 1x1 convolutions would commute with the resizing, at a third of the head's cost but with other roundings:
+        # the published edits are only met this way round.
+        x = _resize(tap, size_hw)
+        a = F.relu(self.conv1.norm(self.conv1(x)))
+        if self.emb_layers is not None and time_embedding is not None:
+            a = a + F.relu(self.emb_layers(time_embedding))[:, :, None, None]
+        a = F.relu(self.conv2.norm(self.conv2(a)))
+        return F.relu(self.conv3.norm(self.conv3(a)) + self.shortcut.norm(self.shortcut(x)))
+
+
+def _resize(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    if tuple(x.shape[-2:]) == tuple(size_hw):
+        return x
+    return F.interpolate(x, size=size_hw, mode="bilinear", align_corners=False)
