@@ -57,6 +57,16 @@ def atomic_write(path: StrPath, data: bytes | Callable[[BinaryIO], object]) -> P
     return path
 
 
+def make_folder(path: StrPath) -> Path:
+    """The folder, made with its parents if it is not there; InputError if that cannot be done."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; name another with -o") from error
+    return folder
+
+
 def check_writable(path: StrPath) -> Path:
     """Raise InputError unless a file can be written at `path` now; leaves nothing behind. For a check before
     long work."""
@@ -124,9 +134,7 @@ def _picture_format(path: Path) -> tuple[str, dict[str, Any], int]:
     known = PICTURE_FORMATS.get(path.suffix.lower())
     if known is None:
         what = f"the suffix {path.suffix!r} is not" if path.suffix else "without a suffix the format is not"
-        raise InputError(
-            f"cannot write {path}: {what} known; end the name in one of {', '.join(PICTURE_FORMATS)}"
-        )
+        raise InputError(f"cannot write {path}: {what} known; end the name in one of {', '.join(PICTURE_FORMATS)}")
     return known
 
 
@@ -155,6 +163,4 @@ def _open_beside(path: Path) -> tuple[Path, Path, int]:
 
 def _unwritable(path: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
-    return InputError(
-        f"cannot write {path}: {reason}; name a file in a folder that exists and that you may write to"
-    )
+    return InputError(f"cannot write {path}: {reason}; name a file in a folder that exists and that you may write to")
