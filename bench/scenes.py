@@ -10,16 +10,22 @@ A drag's scene, its goal (the same scene with the part moved) and the embedded m
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
+from ddengine.artifacts import atomic_write, check_writable, make_folder, save_picture
 from ddengine.config import DirectDragConfig, ablation
+from ddengine.drags import Drag
+from ddengine.draw import with_arrows
 from ddengine.scenes.scene import TrueDrag, true_drag
 
 if TYPE_CHECKING:
@@ -111,42 +117,65 @@ def configurations(rows: bool) -> dict[str, DirectDragConfig]:
     table = ablation("default")
     chosen = {"default": table["+SM+RG+LWF"].config, "all stages off": table["baseline"].config}
     if rows:
-        chosen |= {"soft mask": table["+SM"].config, "soft mask + readout": table["+SM+RG"].config}
+        chosen |= {"soft mask": table["+SM"].config, "soft mask, readout": table["+SM+RG"].config}
         chosen |= {"paper": DirectDragConfig.preset("paper")}
     return chosen
 
 
-def run(
-    engine: Engine,
-    drags: Sequence[TrueDrag],
-    configs: Mapping[str, DirectDragConfig],
-    on_edit: Callable[[str, int, Image.Image], None] = lambda name, index, image: None,
-) -> Iterator[tuple[str, int, Score]]:
-    """Edit every drag with every configuration; yields (configuration, index, score) as they come, "unedited" included."""
-    for index, drag in enumerate(drags):
-        picture = drag.scene.render(SIZE)
-        pair = tuple((x * SIZE - 0.5, y * SIZE - 0.5) for x, y in (drag.handle, drag.target))
-        yield "unedited", index, score(drag, picture)
-        for name, config in configs.items():
-            image = engine.edit(picture, [pair], config=config).image
-            on_edit(name, index, image)
-            yield name, index, score(drag, image)
+def measure(engine: Engine, count: int, folder: Path, *, rows: bool = False, progress: bool = False) -> dict[str, Any]:
+    """Edit `count` held-out drags with every configuration; writes scenes.json and contact.png in `folder`."""
+    drags, configs = held_out(count), configurations(rows)
+    check_writable(make_folder(folder) / "scenes.json")
+    scores: dict[str, list[Score]] = {name: [] for name in ("unedited", *configs, "goal")}
+    sheet = []
+    for drag in tqdm(drags, disable=not progress):
+        picture, goal = drag.scene.render(SIZE), drag.goal.render(SIZE)
+        arrow = Drag(*((x * SIZE - 0.5, y * SIZE - 0.5) for x, y in (drag.handle, drag.target)))
+        edited = {name: engine.edit(picture, [arrow], config=config).image for name, config in configs.items()}
+        for name, image in {"unedited": picture, **edited, "goal": goal}.items():
+            scores[name].append(score(drag, image))
+        sheet.append([with_arrows(picture, [arrow], 2), *(x.resize((256, 256), 2) for x in (goal, *edited.values()))])
+    facts = {
+        "summary": {name: summary(found) for name, found in scores.items()},
+        "configs": {name: config.to_dict() for name, config in configs.items()},
+        "model": engine.model.digest,
+        "backend": engine.backend.name,
+        "edits": {name: [asdict(s) for s in found] for name, found in scores.items()},
+    }
+    atomic_write(folder / "scenes.json", json.dumps(facts, indent=1).encode())
+    save_picture(contact_sheet(sheet), folder / "contact.png")
+    return facts
 
 
-def summary(scores: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, float]]:
-    """Means by configuration (and the median gain, which single failures do not move)."""
+def contact_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """One line per drag: the input with its arrow, the goal, and each configuration's edit."""
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * width, y * height))
+    return sheet
+
+
+def summary(scores: Sequence[Score]) -> dict[str, float]:
+    """Means over edits (and the median gain, which single failures do not move)."""
+    gains = [s.goal_gain for s in scores]
     return {
-        name: {
-            "edits": len(found),
-            "goal_gain": float(np.mean([s.goal_gain for s in found])),
-            "goal_gain_median": float(np.median([s.goal_gain for s in found])),
-            "distance": float(np.mean([s.distance for s in found])),
-            "psnr_outside": float(np.mean([s.psnr_outside for s in found])),
-        }
-        for name, found in scores.items()
+        "edits": len(scores),
+        "goal_gain": float(np.mean(gains)),
+        "goal_gain_median": float(np.median(gains)),
+        "distance": float(np.mean([s.distance for s in scores])),
+        "psnr_outside": float(np.mean([s.psnr_outside for s in scores])),
     }
 
 
-def as_records(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[dict[str, float | str]]]:
-    """Plain values for JSON."""
-    return {name: [asdict(s) for s in found] for name, found in scores.items()}
+def table(summaries: Mapping[str, Mapping[str, float]]) -> str:
+    """The summary as a Markdown table."""
+    lines = [
+        "| configuration | goal gain (mean) | (median) | distance | PSNR outside, dB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, s in summaries.items():
+        numbers = f"{s['goal_gain']:.2f} | {s['goal_gain_median']:.2f} | {s['distance']:.2f} | {s['psnr_outside']:.1f}"
+        lines.append(f"| {name} | {numbers} |")
+    return "\n".join(lines)

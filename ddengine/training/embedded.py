@@ -1,4 +1,4 @@
-"""`ddengine train-embedded`: autoencoder, UNet and readout head from nothing but drawn scenes, into one model folder."""
+"""`ddengine train-embedded`: autoencoder, UNet and readout head from drawn scenes alone, into one folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from ddengine.artifacts import atomic_write
+from ddengine.models.load import Model
 from ddengine.models.readout_io import save_readout
 from ddengine.models.text import embedding_bytes
+from ddengine.schedule import Schedule
 from ddengine.training import autoencoder, data, diffusion, readout
 from ddengine.training.loop import Plan, rank, run_workers
 
@@ -63,9 +65,11 @@ def _train_worker(folder: Path, device: str, seed: int, budget: Budget) -> None:
         200000, 5e-4, minutes=budget.unet_minutes, warmup=300, seed=seed, ema=0.9985, checkpoint_every=1000
     )
     unet = diffusion.train(folder / "unet", latents, unet_plan, device=device, decode=lambda z: _decode(ae, z))
-    members = readout.triplets(ae, unet, budget.triplets, SIZE, seed + 7, device=device)
+    context = diffusion.empty_context().to(device)
+    model = Model("embedded", unet, ae, Schedule.from_config(SCHEDULER), context, None, None, SIZE, "", ())
+    members = readout.triplets(model, budget.triplets, seed + 7)
     head_plan = Plan(3000, 5e-4, minutes=budget.readout_minutes, warmup=50, seed=seed, weight_decay=0.0)
-    head = readout.train(folder / "readout", unet, members, head_plan, device=device)
+    head = readout.train(folder / "readout", model, members, head_plan)
     if rank() == 0:
         export(folder / "model", ae, unet, head)
         record = _record(folder, ae, device, time.time() - started)
