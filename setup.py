@@ -35,9 +35,7 @@ class EditableWheel(editable_wheel):
     def finalize_options(self) -> None:
         super().finalize_options()
         if (self.mode or "").lower() == "compat":
-            raise OptionError(
-                "editable_mode=compat cannot map ddengine.kernels; use the default or the strict mode"
-            )
+            raise OptionError("editable_mode=compat cannot map ddengine.kernels; use the default or the strict mode")
 
 
 setup(

@@ -2,8 +2,8 @@
 
 A drag's scene, its goal (the same scene with the part moved) and the embedded model's edit give three figures:
 
-- goal gain = 1 - MSE(edit, goal) / MSE(input, goal) over the pixels that differ between input and goal: 1 is the perfect
-  answer, 0 is what doing nothing scores, below 0 is worse than nothing;
+- goal gain = 1 - MSE(edit, goal) / MSE(input, goal) over the pixels that differ between input and goal: 1 is
+  the perfect answer, 0 is what doing nothing scores, below 0 is worse than nothing;
 - distance from where the part is found in the edit to its target, as a share of the drag's length: 1 for no motion;
 - PSNR in dB against the input over all pixels that should not change.
 """
@@ -69,8 +69,8 @@ def score(drag: TrueDrag, edited: Image.Image) -> Score:
 def distance(drag: TrueDrag, before: Picture, after: Picture) -> float:
     """How far from its target the part lies, over the drag's length.
 
-    The part is the input's patch around the handle; it is looked for in the edit at every pixel within 1.25 drag lengths of
-    the drag's path by the smallest mean squared difference of colours (each patch's own part of the picture, no network).
+    The part is the input's patch around the handle; it is looked for in the edit at every pixel within 1.25 drag lengths
+    of the drag's path by the smallest mean squared difference of colours. No network judges.
     """
     handle, target = (np.array(p) * SIZE - 0.5 for p in (drag.handle, drag.target))
     length = float(np.hypot(*(target - handle)))

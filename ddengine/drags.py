@@ -61,9 +61,7 @@ def parse_drags(drags: Any, width: int, height: int) -> tuple[Drag, ...]:
             f"it in brackets, [{_short(drags)}]"
         )
     if len(items) > MAX_DRAGS:
-        raise InputError(
-            f"{len(items)} drags were given, the limit is {MAX_DRAGS}; use fewer drags in one edit"
-        )
+        raise InputError(f"{len(items)} drags were given, the limit is {MAX_DRAGS}; use fewer drags in one edit")
     return tuple(_parse_drag(item, index, width, height) for index, item in enumerate(items))
 
 
@@ -84,8 +82,7 @@ def _items(drags: Any) -> list[Any]:
 
 def _is_bare_pair(items: Sequence[Any]) -> bool:
     return len(items) in (2, 4) and (
-        all(_is_number(item) for item in items)
-        or all(not isinstance(item, Drag) and _is_point(item) for item in items)
+        all(_is_number(item) for item in items) or all(not isinstance(item, Drag) and _is_point(item) for item in items)
     )
 
 
@@ -99,8 +96,7 @@ def _parse_drag(item: Any, index: int, width: int, height: int) -> Drag:
         ends = list(item)
         if len(ends) != 2:
             raise InputError(
-                f"drag {index} has {len(ends)} parts, {_short(item)}; it needs a handle and a "
-                f"target: {_EXPECTED}"
+                f"drag {index} has {len(ends)} parts, {_short(item)}; it needs a handle and a target: {_EXPECTED}"
             )
     handle = _parse_point(ends[0], f"drag {index}: handle", width, height)
     target = _parse_point(ends[1], f"drag {index}: target", width, height)
@@ -228,10 +224,7 @@ def _resampled(points: Any, size: tuple[int, int], new_size: tuple[int, int]) ->
     return (points + 0.5) * scale - 0.5
 
 
-
-def fit(
-    width: int, height: int, model_size: int, *, upscale: bool = True, snap: int = VAE_REDUCTION
-) -> Spaces:
+def fit(width: int, height: int, model_size: int, *, upscale: bool = True, snap: int = VAE_REDUCTION) -> Spaces:
     """The size rule: the working size at which a picture of `width` x `height` pixels is edited.
 
     The picture is scaled, up or down, so that its long side equals `model_size`; then each side is rounded to
@@ -249,7 +242,5 @@ def fit(
     scale = model_size / max(width, height)
     if not upscale:
         scale = min(scale, 1.0)
-    work_width, work_height = (
-        max(round(side * scale / snap) * snap, MIN_WORK_SIDE) for side in (width, height)
-    )
+    work_width, work_height = (max(round(side * scale / snap) * snap, MIN_WORK_SIDE) for side in (width, height))
     return Spaces((width, height), (work_width, work_height), snapped=snap % VAE_REDUCTION == 0)

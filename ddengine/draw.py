@@ -44,9 +44,7 @@ def with_arrows(picture: Image.Image, drags: Iterable[Drag], factor: int = 1) ->
     fine = max(1, min(4, _MAX_LAYER // max(canvas.size)))
     unit = fine * max(1.0, max(canvas.size) / 220)
     for drag in drags:
-        _paste_arrow(
-            canvas, _scaled(drag.handle, factor * fine), _scaled(drag.target, factor * fine), unit, fine
-        )
+        _paste_arrow(canvas, _scaled(drag.handle, factor * fine), _scaled(drag.target, factor * fine), unit, fine)
     return canvas
 
 
@@ -93,9 +91,7 @@ def _arrow(draw: ImageDraw.ImageDraw, handle: Point, target: Point, unit: float)
         draw.line([handle, _along(neck, along, 0.2 * head)], fill=shaft, width=round(1.5 * unit + 2 * grow))
         draw.polygon(_head(target, along, head, 0.42 * head, grow), fill=tip)
         radius = dot + grow
-        draw.ellipse(
-            [handle[0] - radius, handle[1] - radius, handle[0] + radius, handle[1] + radius], fill=start
-        )
+        draw.ellipse([handle[0] - radius, handle[1] - radius, handle[0] + radius, handle[1] + radius], fill=start)
 
 
 def _head(tip: Point, along: Point, length: float, half: float, grow: float) -> list[Point]:

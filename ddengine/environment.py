@@ -24,8 +24,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
         "backends": {
-            backend.name: {"works": backend.available, "why": backend.reason}
-            for backend in available_backends()
+            backend.name: {"works": backend.available, "why": backend.reason} for backend in available_backends()
         },
         "embedded_model": _embedded(),
         "cache": _cache(),

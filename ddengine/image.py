@@ -93,8 +93,7 @@ def read_mask(mask: Any, width: int, height: int) -> NDArray[np.float32]:
         values = _mask_values(mask)
     else:
         raise InputError(
-            f"cannot read a mask from {type(mask).__name__}; pass a path, a PIL picture or an "
-            "array of shape (H, W)"
+            f"cannot read a mask from {type(mask).__name__}; pass a path, a PIL picture or an array of shape (H, W)"
         )
     if values.shape != (height, width):
         raise InputError(
@@ -113,9 +112,7 @@ def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def resize(
-    image: Tensor, size: tuple[int, int], filter: Literal["antialias", "bilinear"] = "antialias"
-) -> Tensor:
+def resize(image: Tensor, size: tuple[int, int], filter: Literal["antialias", "bilinear"] = "antialias") -> Tensor:
     """Resize an image tensor [B, C, H, W] to `size` (width, height), pixel centres kept; values stay in the
     input's range.
 
@@ -146,9 +143,7 @@ def to_pixels(image: Tensor, rounding: Literal["nearest", "truncate"] = "nearest
 
     values = image.detach().to("cpu", torch.float32)[0]
     if not torch.isfinite(values).all():
-        raise DDEngineError(
-            "the edited picture holds values that are not finite; run again with dtype='float32'"
-        )
+        raise DDEngineError("the edited picture holds values that are not finite; run again with dtype='float32'")
     values = (values / 2 + 0.5).clamp(0, 1) * 255
     values = values.round() if rounding == "nearest" else values.floor()
     return np.ascontiguousarray(values.to(torch.uint8).permute(1, 2, 0).numpy())
@@ -186,19 +181,13 @@ def _decoding(name: str) -> Iterator[None]:
     except DDEngineError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{name} is not a picture of a known format; use one of {', '.join(FORMATS)}"
-        ) from error
+        raise InputError(f"{name} is not a picture of a known format; use one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(
-            f"{name} is above the limit of {MAX_PIXELS} pixels; scale it down ({error})"
-        ) from error
+        raise InputError(f"{name} is above the limit of {MAX_PIXELS} pixels; scale it down ({error})") from error
     except PermissionError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}; change its permissions") from error
     except _DECODER_ERRORS as error:
-        raise InputError(
-            f"{name} is damaged or incomplete and cannot be read ({error}); save it again"
-        ) from error
+        raise InputError(f"{name} is damaged or incomplete and cannot be read ({error}); save it again") from error
 
 
 def _check_header(image: Image.Image, name: str) -> None:
@@ -214,16 +203,14 @@ def _check_header(image: Image.Image, name: str) -> None:
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise InputError(
-            f"{name} holds {frames} frames (an animation or several pages); save the one to edit "
-            "as a still picture"
+            f"{name} holds {frames} frames (an animation or several pages); save the one to edit as a still picture"
         )
 
 
 def _check_sides(width: int, height: int, name: str) -> None:
     if min(width, height) < MIN_SIDE:
         raise InputError(
-            f"{name} is {width} x {height} pixels; each side must have at least {MIN_SIDE}, so "
-            "scale it up first"
+            f"{name} is {width} x {height} pixels; each side must have at least {MIN_SIDE}, so scale it up first"
         )
 
 
@@ -263,9 +250,7 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise InputError(
-                f"{name} holds values from {values.min()} to {values.max()}; scale them to 8 or 16 bits"
-            )
+            raise InputError(f"{name} holds values from {values.min()} to {values.max()}; scale them to 8 or 16 bits")
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         raise InputError(f"{name} holds floating-point values of unknown range; scale them to 8 bits")
@@ -281,8 +266,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     height, width = array.shape[:2]
     if width * height > MAX_PIXELS:
         raise InputError(
-            f"the picture array holds {width * height} pixels, the limit is {MAX_PIXELS}; scale "
-            "it down or crop it"
+            f"the picture array holds {width * height} pixels, the limit is {MAX_PIXELS}; scale it down or crop it"
         )
     _check_sides(width, height, "the picture array")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -323,8 +307,7 @@ def _mask_values(array: NDArray[Any]) -> NDArray[np.float32]:
         values = array.astype(np.float32)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
             raise InputError(
-                f"the mask array holds values from {array.min()} to {array.max()}; they must be "
-                "finite and from 0 to 1"
+                f"the mask array holds values from {array.min()} to {array.max()}; they must be finite and from 0 to 1"
             )
         return values
     raise InputError(f"the mask array has dtype {array.dtype}; {expected}")

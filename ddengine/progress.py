@@ -35,9 +35,7 @@ Reporter = Callable[[Progress], None]
 
 
 @contextmanager
-def reporter(
-    progress: bool | Reporter | None = None, plan: Mapping[str, int] | None = None
-) -> Iterator[Reporter]:
+def reporter(progress: bool | Reporter | None = None, plan: Mapping[str, int] | None = None) -> Iterator[Reporter]:
     """Turn a user's `progress` argument into the callable that stages report to, for the time of one edit.
 
     None or False: silence. A callable: itself; what it raises (`Cancelled` above all) stops the edit and

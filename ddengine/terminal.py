@@ -39,9 +39,7 @@ def answering(function: Callable[..., Answer]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:
         level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-        logging.basicConfig(
-            level=logging.ERROR if quiet else level, format="%(levelname)s %(name)s: %(message)s"
-        )
+        logging.basicConfig(level=logging.ERROR if quiet else level, format="%(levelname)s %(name)s: %(message)s")
         if watched:
             options["progress"] = not quiet and sys.stderr.isatty()
         try:
@@ -95,9 +93,7 @@ class SettingType(click.ParamType):
 
     name = "FIELD=VALUE"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
         field, equals, text = value.partition("=")
@@ -122,9 +118,7 @@ class EditCommand(click.Command):
         with formatter.section("Examples"):
             for example in EDIT_EXAMPLES:  # not wrapped: to be copied
                 formatter.write(f"  {example}\n")
-        with formatter.section(
-            f"Presets (--config): {', '.join(PRESETS)}; settings (--set) and their defaults"
-        ):
+        with formatter.section(f"Presets (--config): {', '.join(PRESETS)}; settings (--set) and their defaults"):
             preset = DirectDragConfig.preset()
             formatter.write_dl(
                 [
@@ -149,9 +143,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="What runs the networks; auto takes the best that works here.",
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps ..."),
-        click.option(
-            "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."
-        ),
+        click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
     )
     for option in reversed(options):
         function = option(function)

@@ -347,7 +347,5 @@ def test_convert_readout_reads_the_published_format(golden, folder):
 
 
 def test_python_m_ddengine_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "ddengine", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "ddengine", "--version"], capture_output=True, text=True, check=True)
     assert ddengine.__version__ in done.stdout

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddengine.config import ABLATION, PRESETS, RULES, DirectDragConfig, ablation
+from ddengine.config import ABLATION, MEASURED, PRESETS, RULES, DirectDragConfig, ablation
 from ddengine.errors import InputError
 
 
@@ -21,12 +21,12 @@ def test_the_contracts_fields_have_the_papers_values() -> None:
         "max_drag_per_track": 3, "max_track_no_change": 5, "r1": 4, "r2": 12, "d": 4, "latent_lr": 0.02, "lam": 0.1,
         "soft_mask_sigma": 30, "latent_warpage_ratio": 0.15, "readout_weight": 350,
     }  # fmt: skip
-    for preset in ("paper", "authors"):
-        config = DirectDragConfig.preset(preset)
+    for config in (DirectDragConfig(), DirectDragConfig.preset("paper"), DirectDragConfig.preset("authors")):
         assert {name: getattr(config, name) for name in contract} == contract
-        assert config.soft_mask and config.readout_guidance and config.latent_warpage and not config.preserve
-    assert DirectDragConfig.preset() == DirectDragConfig() == DirectDragConfig.preset("default")
-    assert DirectDragConfig().preserve
+        assert config.soft_mask and config.readout_guidance and config.latent_warpage
+    assert [DirectDragConfig.preset(name).preserve for name in ("default", "paper", "authors")] == [True, False, False]
+    assert DirectDragConfig.preset("paper", preserve=True) == DirectDragConfig()
+    assert DirectDragConfig.preset() == DirectDragConfig.preset("default") == DirectDragConfig().changed(**MEASURED)
     assert PRESETS["paper"].keys() == PRESETS["authors"].keys() == RULES.keys()  # independent of the class defaults
 
 

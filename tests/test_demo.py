@@ -84,9 +84,7 @@ def test_show_writes_three_pictures_that_hold_the_edit(tmp_path):
         "boat-before.png",
         "boat-side-by-side.png",
     ]
-    before, after, both = (
-        np.asarray(Image.open(path)) for path in (shown.before, shown.after, shown.side_by_side)
-    )
+    before, after, both = (np.asarray(Image.open(path)) for path in (shown.before, shown.after, shown.side_by_side))
     assert before.shape == after.shape == (384, 512, 3)
     assert (after == (0, 128, 0)).all()
     np.testing.assert_array_equal(both[:, :512], before)

@@ -1,4 +1,4 @@
-"""The engine as users call it: results filled, sizes kept, sources reused, runs repeatable, cancel clean, input refused."""
+"""The engine as users call it: results filled, sizes kept, sources reused, runs repeatable, cancel clean."""
 
 from __future__ import annotations
 

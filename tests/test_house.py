@@ -114,9 +114,7 @@ def test_the_layer_test_sees_a_forbidden_import(tmp_path):
             continue
         path = tmp_path / "drags.py"
         path.write_text(text)
-        assert any(
-            name.startswith("ddengine") and "engine" in name for name in imports(path, "ddengine.drags")
-        ), text
+        assert any(name.startswith("ddengine") and "engine" in name for name in imports(path, "ddengine.drags")), text
     path.write_text("from ddengine import __version__")
     assert imports(path, "ddengine.drags") == set()
     path.write_text("from ddengine import edit")
@@ -145,12 +143,9 @@ def test_nothing_unpickles_or_evaluates():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 safe = any(
-                    keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True"
-                    for keyword in node.keywords
+                    keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords
                 )
-                if called in {"eval", "exec", "__import__", "os.system"} or (
-                    called == "torch.load" and not safe
-                ):
+                if called in {"eval", "exec", "__import__", "os.system"} or (called == "torch.load" and not safe):
                     found.append(f"{path}:{node.lineno}: {called}")
         found += [
             f"{path}: {name}"
@@ -162,9 +157,7 @@ def test_nothing_unpickles_or_evaluates():
 
 def fresh(code: str) -> list[str]:
     """Run code in a new Python and return the words it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests")
     return done.stdout.split()
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from ddengine.errors import ModelError
 
 EXPECTED = (
-    "ddengine edits models of the Stable Diffusion 1.5 family (four UNet levels, 4 latent channels, epsilon "
-    "prediction)"
+    "ddengine edits models of the Stable Diffusion 1.5 family (four UNet levels, 4 latent channels, epsilon prediction)"
 )
 
 _UNET = {
@@ -50,11 +49,7 @@ def check_unet(path: Path, config: dict[str, Any]) -> None:
     ]
     width = config.get("cross_attention_dim")
     if not isinstance(width, int) or width > _MAX_CROSS_ATTENTION:
-        known = (
-            {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}.get(width)
-            if isinstance(width, int)
-            else None
-        )
+        known = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}.get(width) if isinstance(width, int) else None
         problems.insert(
             0,
             f"cross_attention_dim is {width!r}{f' ({known})' if known else ''}, expected at most "

@@ -32,12 +32,8 @@ def find_weights(folder: Path, stem: str, *, prefer_fp16: bool = False) -> Path:
     if pickles:
         raise ModelError(f"{folder / pickles[0]}: these weights are a pickle, expected {names[0]}; {CONVERT}")
     if (folder / f"{stem}.safetensors.index.json").is_file():
-        raise ModelError(
-            f"{folder}: the weights are split into several files; save them as one {stem}.safetensors"
-        )
-    raise ModelError(
-        f"{folder / f'{stem}.safetensors'}: not found; point to a complete folder in diffusers' layout"
-    )
+        raise ModelError(f"{folder}: the weights are split into several files; save them as one {stem}.safetensors")
+    raise ModelError(f"{folder / f'{stem}.safetensors'}: not found; point to a complete folder in diffusers' layout")
 
 
 def refuse_pickle(path: Path, remedy: str = CONVERT) -> None:
@@ -70,9 +66,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise ModelError(f"{path}: not found") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as safetensors ({error}); fetch or convert the file again"
-        ) from error
+        raise ModelError(f"{path}: cannot be read as safetensors ({error}); fetch or convert the file again") from error
 
 
 def load_weights(

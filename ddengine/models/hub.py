@@ -13,9 +13,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _SMALL = ["*.json", "*/*.json", "tokenizer/*.txt", "empty_embedding.safetensors", "readout.safetensors"]
 
 
-def local_folder(
-    name: str | Path, weights: Sequence[str], what: str = "model", *, prefer_fp16: bool = False
-) -> Path:
+def local_folder(name: str | Path, weights: Sequence[str], what: str = "model", *, prefer_fp16: bool = False) -> Path:
     """The folder that a local path or a hub id `owner/name` stands for.
 
     From the hub come the configs and, of each stem in `weights` (such as `unet/diffusion_pytorch_model`), the

@@ -164,9 +164,7 @@ def _find(
     prefer_fp16: bool,
 ) -> _Files:
     stems = (f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model")
-    folder = (
-        embedded_folder() if str(model) == "embedded" else local_folder(model, stems, prefer_fp16=prefer_fp16)
-    )
+    folder = embedded_folder() if str(model) == "embedded" else local_folder(model, stems, prefer_fp16=prefer_fp16)
     unet_config = read_json(folder / "unet" / "config.json")
     check_unet(folder / "unet" / "config.json", unet_config)
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -229,7 +227,5 @@ def _working_size(folder: Path, unet_config: dict[str, Any]) -> int:
         origin, cells = folder / "unet" / "config.json", unet_config.get("sample_size") or 64
         size = cells * VAE_FACTOR if isinstance(cells, int) else cells
     if not isinstance(size, int) or isinstance(size, bool) or not 64 <= size <= 4096 or size % VAE_FACTOR:
-        raise ModelError(
-            f"{origin}: the working size is {size!r}, expected a multiple of {VAE_FACTOR} from 64 to 4096"
-        )
+        raise ModelError(f"{origin}: the working size is {size!r}, expected a multiple of {VAE_FACTOR} from 64 to 4096")
     return size

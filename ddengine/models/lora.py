@@ -32,10 +32,7 @@ _PARTS = {
 }
 _PREFIX = re.compile(r"(base_model\.model\.|unet\.)*")  # some writers double it: unet.unet.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down\.weight|up\.weight|alpha)\Z")
-_REMEDY = (
-    "ddengine fuses LoRA factors of the UNet's linear and convolution layers (peft, diffusers, kohya key "
-    "layouts)"
-)
+_REMEDY = "ddengine fuses LoRA factors of the UNet's linear and convolution layers (peft, diffusers, kohya key layouts)"
 
 
 @dataclass
@@ -53,9 +50,7 @@ def find_lora(path: str | Path) -> Path:
         known = [path / name for name in names if (path / name).is_file()]
         files = known or sorted(path.glob("*.safetensors"))
         if len(files) > 1:
-            raise ModelError(
-                f"{path}: holds {len(files)} LoRA files, name one: {', '.join(f.name for f in files[:4])}"
-            )
+            raise ModelError(f"{path}: holds {len(files)} LoRA files, name one: {', '.join(f.name for f in files[:4])}")
         if files:
             return files[0]
         pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
@@ -115,9 +110,7 @@ def _pairs(file: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
         more = f" and {len(unmatched) - 4} more" if len(unmatched) > 4 else ""
         of_text = any(key.startswith(("text_encoder", "lora_te")) for key in unmatched)
         text = "; LoRA on the text encoder is not supported" if of_text else ""
-        raise ModelError(
-            f"{file}: no layer of this UNet for {', '.join(unmatched[:4])}{more}{text}. {_REMEDY}"
-        )
+        raise ModelError(f"{file}: no layer of this UNet for {', '.join(unmatched[:4])}{more}{text}. {_REMEDY}")
     if not pairs:
         raise ModelError(f"{file}: holds no tensors. {_REMEDY}")
     return pairs
@@ -184,9 +177,7 @@ def _delta(file: Path, name: str, module: nn.Module, factors: _Factors, alphas: 
         alpha = float(factors.alpha)
     else:
         own = [
-            value
-            for pattern, value in alphas.items()
-            if pattern and (name == pattern or name.endswith("." + pattern))
+            value for pattern, value in alphas.items() if pattern and (name == pattern or name.endswith("." + pattern))
         ]
         alpha = own[0] if own else alphas.get("", float(rank))
     delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (alpha / rank)

@@ -107,9 +107,7 @@ def convert_readout(in_pt: str | Path, out_safetensors: str | Path) -> ReadoutSh
     if not isinstance(tensors, dict) or not isinstance(config, dict):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ModelError(f"{path}: expected the dicts 'aggregation_network' and 'config', found {found}")
-    wrong = [
-        str(name) for name, value in tensors.items() if not (isinstance(name, str) and torch.is_tensor(value))
-    ]
+    wrong = [str(name) for name, value in tensors.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if wrong:
         raise ModelError(f"{path}: {wrong[:4]} in 'aggregation_network' are not tensors")
     state, shape = _understand(path, tensors, config)
@@ -123,9 +121,7 @@ def _understand(
 ) -> tuple[dict[str, Tensor], ReadoutShape]:
     """State dict under the plain published names, and the shape it implies; the config may only agree."""
     if any(name.startswith("output_head.") for name in tensors):
-        raise ModelError(
-            f"{path}: a spatial readout head (it has output_head.*), expected an appearance head"
-        )
+        raise ModelError(f"{path}: a spatial readout head (it has output_head.*), expected an appearance head")
     options = config.get("aggregation_kwargs")
     options = options if isinstance(options, dict) else {}
     sequential = bool(options.get("bottleneck_sequential"))
@@ -197,9 +193,7 @@ def _build(path: Path, state: dict[str, Tensor], shape: ReadoutShape) -> Readout
     return head.requires_grad_(False).eval()
 
 
-def _write(
-    path: str | Path, state: Mapping[str, Tensor], shape: ReadoutShape, config: Mapping[str, Any]
-) -> None:
+def _write(path: str | Path, state: Mapping[str, Tensor], shape: ReadoutShape, config: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
     ours = {

@@ -29,9 +29,7 @@ class TextEncoder:
         tokenizer = [folder / "tokenizer" / name for name in ("vocab.json", "merges.txt", "tokenizer.json")]
         self._tokenizer_files = [path for path in tokenizer if path.is_file()]
         if not self._tokenizer_files:
-            raise ModelError(
-                f"{folder / 'tokenizer' / 'vocab.json'}: not found; point to a folder with its tokenizer"
-            )
+            raise ModelError(f"{folder / 'tokenizer' / 'vocab.json'}: not found; point to a folder with its tokenizer")
         self._known: dict[str, Tensor] = {}
 
     @property
@@ -66,9 +64,7 @@ class TextEncoder:
 
         tokenizer, encoder = self._load()
         limit = 77
-        tokens = tokenizer(
-            prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        )
+        tokens = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         length = len(tokenizer(prompt).input_ids)
         if length > limit:
             log.warning("the prompt has %d tokens, only the first %d are used", length, limit)

@@ -105,7 +105,7 @@ def draw(
     start: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Latents [count, *shape] denoised by DDIM from noise, or from `start` noised to `strength` of the schedule (SDEdit)."""
+    """Latents [count, *shape] denoised by DDIM from noise, or from `start` noised to `strength` (SDEdit)."""
     device = context.device
     times, spacing = schedule.timesteps(steps, strength), schedule.spacing(steps)
     z = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(device)

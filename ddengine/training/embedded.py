@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
@@ -25,7 +25,8 @@ from ddengine.training.loop import Plan, rank, run_workers
 SIZE = 128
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1,
+    "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
 
 
@@ -57,7 +58,6 @@ def train(
 
 
 def _train_worker(folder: Path, device: str, seed: int, budget: Budget) -> None:
-    started = time.time()
     ae_plan = Plan(60000, 1e-3, minutes=budget.autoencoder_minutes, warmup=400, seed=seed)
     ae = autoencoder.train(folder / "autoencoder", ae_plan, device=device, size=SIZE)
     latents = _latents(folder / "latents.pt", ae, budget.latents, seed, device)
@@ -72,8 +72,7 @@ def _train_worker(folder: Path, device: str, seed: int, budget: Budget) -> None:
     head = readout.train(folder / "readout", model, members, head_plan)
     if rank() == 0:
         export(folder / "model", ae, unet, head)
-        record = _record(folder, ae, device, time.time() - started)
-        atomic_write(folder / "record.json", json.dumps(record, indent=1).encode())
+        atomic_write(folder / "record.json", json.dumps(_record(folder, ae, device), indent=1).encode())
 
 
 def _latents(file: Path, ae: AutoencoderKL, count: int, seed: int, device: str) -> Tensor:
@@ -102,7 +101,8 @@ def export(folder: Path, ae: AutoencoderKL, unet: UNet2DConditionModel, head: An
         module.float()
 
 
-def _record(folder: Path, ae: AutoencoderKL, device: str, seconds: float) -> dict[str, Any]:
+def _record(folder: Path, ae: AutoencoderKL, device: str) -> dict[str, Any]:
+    """How the weights were made: hardware, reconstruction quality, and each part's plan, last losses and seconds."""
     held_out = data.scenes(np.random.default_rng(10**6), 64, SIZE).to(device)
     parts = {
         name: json.loads((folder / name / "curve.json").read_text()) for name in ("autoencoder", "unet", "readout")
@@ -110,7 +110,7 @@ def _record(folder: Path, ae: AutoencoderKL, device: str, seconds: float) -> dic
     return {
         "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}",
         "torch": torch.__version__,
-        "seconds": round(seconds),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "reconstruction_psnr_db": round(autoencoder.psnr(ae, held_out), 2),
         **{name: {"plan": part["plan"], **part["curve"][-1]} for name, part in parts.items()},
     }

@@ -18,7 +18,7 @@ CONSTANT = 3.0
 
 @torch.no_grad()
 def start_linear(autoencoder: AutoencoderKL) -> AutoencoderKL:
-    """Initialise in place: latent channels 0..2 = mean RGB of a cell, channel 3 free. Needs at least 4 channels a group."""
+    """Initialise in place: latent channels 0..2 = mean RGB of a cell, channel 3 free. Needs 4 channels a group."""
     groups = autoencoder.config.norm_num_groups
     encoder, decoder = autoencoder.encoder, autoencoder.decoder
 
@@ -89,7 +89,7 @@ def _pass_resnet(resnet: nn.Module, groups: int) -> None:
 
 
 def _leave(norm: nn.GroupNorm, conv: nn.Conv2d) -> None:
-    # Two of a group's channels are +-k and the rest are small: the deviation is about k sqrt(2 / channels in the group).
+    # Two of a group's channels are +-k and the rest are small: the deviation is about k sqrt(2 / channels).
     deviation = CONSTANT * (2 / (norm.num_channels // norm.num_groups)) ** 0.5
     for q in range(COLOURS):
         plus, minus, *_ = _slots(norm.num_channels, norm.num_groups, q)

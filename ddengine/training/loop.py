@@ -83,7 +83,7 @@ def fit(
 ) -> nn.Module:
     """Train `module` and return its averaged copy (float32, eval, frozen).
 
-    `folder` receives `state.pt` (to resume), `curve.json` (step, seconds, loss parts) and what `sample(module, step)` draws.
+    `folder` receives `state.pt` (to resume), `curve.json` (step, seconds, losses) and what `sample(module, step)` draws.
     Gradients are averaged over all workers; each worker draws its own batches from its own seed.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def triplets(model: Model, count: int, seed: int) -> dict[str, Tensor]:
 
 
 def distance(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over positions of 1 - cosine over channels, one number a sample [B]; `weight` [B, 1, h, w] selects positions."""
+    """Mean over positions of 1 - cosine over channels, one number a sample [B]; `weight` [B, 1, h, w] selects."""
     apart = 1 - F.cosine_similarity(a, b, dim=1)[:, None]
     if weight is None:
         return apart.mean((1, 2, 3))

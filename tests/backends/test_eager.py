@@ -120,9 +120,7 @@ def converted(model: Model, dtype: torch.dtype, vae_dtype: torch.dtype) -> Model
     return dataclasses.replace(model, unet=unet.to(dtype), vae=vae.to(vae_dtype), readout=readout.to(dtype))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float16, 0.02), (torch.bfloat16, 0.1)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.float16, 0.02), (torch.bfloat16, 0.1)])
 def test_latents_keep_their_dtype_whatever_the_model_computes_in(
     model: Model, passes: EagerPasses, dtype: torch.dtype, tolerance: float
 ) -> None:
