@@ -69,8 +69,8 @@ def score(drag: TrueDrag, edited: Image.Image) -> Score:
 def distance(drag: TrueDrag, before: Picture, after: Picture) -> float:
     """How far from its target the part lies, over the drag's length.
 
-    The part is the input's patch around the handle; it is looked for in the edit at every pixel within 1.25 drag lengths
-    of the drag's path by the smallest mean squared difference of colours. No network judges.
+    The part is the input's patch around the handle; it is looked for in the edit at every pixel within 1.25 drag
+    lengths of the drag's path by the smallest mean squared difference of colours. No network judges.
     """
     handle, target = (np.array(p) * SIZE - 0.5 for p in (drag.handle, drag.target))
     length = float(np.hypot(*(target - handle)))

@@ -31,8 +31,8 @@ LossFunction = Callable[[nn.Module, np.random.Generator, torch.Generator], tuple
 class Plan:
     """How long and how fast to train: it ends after `steps` or `minutes`, whichever comes first.
 
-    The learning rate rises over `warmup` steps and falls by a cosine to 2 % over the larger of the two elapsed shares, so
-    a run that is cut by the clock still ends annealed. `ema` is the decay of the averaged weights that are kept.
+    The learning rate rises over `warmup` steps and falls by a cosine to 2 % over the larger of both elapsed shares, so a
+    run that is cut by the clock still ends annealed. `ema` is the decay of the averaged weights that are kept.
     """
 
     steps: int
@@ -83,7 +83,7 @@ def fit(
 ) -> nn.Module:
     """Train `module` and return its averaged copy (float32, eval, frozen).
 
-    `folder` receives `state.pt` (to resume), `curve.json` (step, seconds, losses) and what `sample(module, step)` draws.
+    `folder` receives `state.pt` (to resume), `curve.json` (step, seconds, loss) and what `sample(module, step)` makes.
     Gradients are averaged over all workers; each worker draws its own batches from its own seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
