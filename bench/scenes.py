@@ -69,23 +69,32 @@ def score(drag: TrueDrag, edited: Image.Image) -> Score:
 def distance(drag: TrueDrag, before: Picture, after: Picture) -> float:
     """How far from its target the part lies, over the drag's length.
 
-    The part is the input's patch around the handle; it is looked for in the edit at every pixel within 1.25 drag
-    lengths of the drag's path by the smallest mean squared difference of colours. No network judges.
+    The part's own pixels around the handle are looked for in the edit, at every pixel within 1.25 drag lengths of the
+    drag's path, by the smallest mean squared difference of colours. No network judges.
     """
     handle, target = (np.array(p) * SIZE - 0.5 for p in (drag.handle, drag.target))
     length = float(np.hypot(*(target - handle)))
-    radius = int(np.clip(round(drag.radius * SIZE), 4, 10))
-    template = _patch(_padded(before, radius), np.rint(handle).astype(int), radius)
+    radius = int(np.clip(round(drag.radius * SIZE), 4, 12))
+    origin = np.rint(handle).astype(int)
+    template = _patch(_padded(before, radius), origin, radius)
+    part = _patch(_padded(_part_pixels(drag, before), radius), origin, radius)
     padded = _padded(after, radius)
-    best, where = math.inf, handle
     ys, xs = np.mgrid[0:SIZE, 0:SIZE]
-    for x, y in zip(
-        xs[_near(xs, ys, handle, target, 1.25 * length)], ys[_near(xs, ys, handle, target, 1.25 * length)], strict=True
-    ):
-        error = float(np.square(_patch(padded, (x, y), radius) - template).mean())
+    near = _near(xs, ys, handle, target, 1.25 * length)
+    best, where = math.inf, handle
+    for x, y in zip(xs[near], ys[near], strict=True):
+        error = float((part * np.square(_patch(padded, (x, y), radius) - template)).sum())
         if error < best:
             best, where = error, np.array((x, y), float)
     return float(np.hypot(*(where - np.rint(target)))) / length
+
+
+def _part_pixels(drag: TrueDrag, before: Picture) -> Picture:
+    """1 where the part is seen in the input, [SIZE, SIZE, 1]: what changes there when the part is far away."""
+    (x0, y0), (x1, y1) = drag.handle, drag.target
+    away = 4 * drag.radius / math.hypot(x1 - x0, y1 - y0)
+    without = drag.scene.moved(drag.subject, drag.part, away * (x0 - x1), away * (y0 - y1)).render(SIZE)
+    return (np.abs(before - np.asarray(without, np.float32)).max(2, keepdims=True) > CHANGED).astype(np.float32)
 
 
 def _near(xs: NDArray, ys: NDArray, start: NDArray, end: NDArray, reach: float) -> NDArray[np.bool_]:

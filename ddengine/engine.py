@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ddengine.backends import create_passes, select_backend
 from ddengine.config import DirectDragConfig
@@ -141,7 +142,7 @@ class Engine:
             passes, source.prepared, handles_yx, targets_yx, config, user_mask=user_mask, progress=report
         )
         started = time.perf_counter()
-        image = self._picture(passes, source, edited.latent, config)
+        image = self._picture(passes, source, edited.latent, user_mask, config)
         image.info.update(source.image.info)  # the colour profile, where the input had one
         seconds = time.perf_counter() - started
         report(Progress("decode", 1, 1, edited.handles_yx, edited.latent))
@@ -159,13 +160,16 @@ class Engine:
             notes=self.model.notes,
         )
 
-    def _picture(self, passes: Passes, source: Source, latent: Any, config: DirectDragConfig) -> Image.Image:
+    def _picture(
+        self, passes: Passes, source: Source, latent: Tensor, user_mask: Tensor | None, config: DirectDragConfig
+    ) -> Image.Image:
         edited = decode(passes, latent, source.spaces.work_hw)
         if not config.preserve:
             picture = Image.fromarray(to_pixels(edited, config.output_rounding))
             return picture if config.resize == "shrink" else picture.resize(source.image.size, Image.Resampling.BICUBIC)
         unedited = decode(passes, source.prepared.unedited, source.spaces.work_hw)
-        return Image.fromarray(composite(np.asarray(source.image), edited, change_weight(edited, unedited)))
+        weight = change_weight(edited, unedited, user_mask)
+        return Image.fromarray(composite(np.asarray(source.image), edited, weight))
 
     def _passes_for(self, prompt: str) -> Passes:
         if prompt not in self._passes:
@@ -249,13 +253,13 @@ def _spaces(picture: Image.Image, size: int, config: DirectDragConfig) -> Spaces
     return fit(*picture.size, size, upscale=False, snap=1)
 
 
-def _work_mask(mask: np.ndarray, spaces: Spaces) -> torch.Tensor:
+def _work_mask(mask: np.ndarray, spaces: Spaces) -> Tensor:
     """A picture-sized mask at the working size: a working pixel is free where any of its part of the mask is."""
     work = resize(torch.from_numpy(np.ascontiguousarray(mask))[None, None], spaces.work_size, "bilinear")
     return (work[0, 0] > 0.5).float()
 
 
-def _resized_mask(mask: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+def _resized_mask(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
     whole = torch.nn.functional.interpolate(
         mask[None, None].float().cpu(), size[::-1], mode="bilinear", align_corners=False
     )

@@ -15,18 +15,23 @@ GROW = 4  # working pixels by which the changed region is widened before its sea
 FEATHER = 3.0  # working pixels, standard deviation of the seam
 
 
-def change_weight(edited: Tensor, unedited: Tensor) -> Tensor:
+def change_weight(edited: Tensor, unedited: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Share of the edit [1, 1, H, W] in 0..1 at every working pixel, exactly 0 where nothing changed.
 
     edited, unedited: decodings [1, 3, H, W] in -1..1 of the edited and of the reference latent, so that what the
-    autoencoder itself loses is not taken for a change.
+    autoencoder itself loses is not taken for a change. allowed: a user's mask [H, W] of 0 and 1; outside it the weight
+    is 0 whatever changed there.
     """
     difference = _blur((edited - unedited).abs().amax(1, keepdim=True), 1.0)
     weight = ((difference - UNCHANGED) / (CHANGED - UNCHANGED)).clamp(0, 1)
     weight = F.max_pool2d(weight, 2 * GROW + 1, stride=1, padding=GROW)
     feathered = _blur(weight, FEATHER)
     # The blur's tail would tint pixels far away by fractions of a level; cut it so that they stay bit for bit.
-    return ((feathered - 0.02) / 0.96).clamp(0, 1)
+    weight = ((feathered - 0.02) / 0.96).clamp(0, 1)
+    if allowed is None:
+        return weight
+    # A blurred step is 1/2 on the edge: this is 0 there and outside, and the seam lies inside the mask.
+    return weight * (2 * _blur(allowed[None, None].to(weight), FEATHER) - 1).clamp(0, 1) * allowed.to(weight)
 
 
 def composite(image: NDArray[np.uint8], edited: Tensor, weight: Tensor) -> NDArray[np.uint8]:

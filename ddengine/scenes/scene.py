@@ -44,10 +44,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class TrueDrag:
-    """A drag whose answer is known: `goal` is `scene` with `part` moved from `handle` to `target` (picture units)."""
+    """A drag whose answer is known: `goal` is `scene` with a part moved from `handle` to `target` (picture units).
+
+    subject: index of the part's owner in the scene; part: the part's name; radius: half its extent.
+    """
 
     scene: Scene
     goal: Scene
+    subject: int
     part: str
     handle: Point
     target: Point
@@ -234,7 +238,7 @@ def true_drag(
         inside = all(0.08 <= c <= 0.92 for c in (*part.at, *target))
         goal = scene.moved(index, part.name, dx, dy)
         if inside and _visible(scene, goal, part):
-            return TrueDrag(scene, goal, part.name, part.at, target, part.radius)
+            return TrueDrag(scene, goal, index, part.name, part.at, target, part.radius)
     raise RuntimeError(f"no visible drag found in {tries} random scenes")
 
 

@@ -31,7 +31,7 @@ LossFunction = Callable[[nn.Module, np.random.Generator, torch.Generator], tuple
 class Plan:
     """How long and how fast to train: it ends after `steps` or `minutes`, whichever comes first.
 
-    The learning rate rises over `warmup` steps and falls by a cosine to 2 % over the larger of both elapsed shares, so a
+    The learning rate rises over `warmup` steps and falls by a cosine to 2 % over the larger elapsed share, so a
     run that is cut by the clock still ends annealed. `ema` is the decay of the averaged weights that are kept.
     """
 

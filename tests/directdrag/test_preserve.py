@@ -55,3 +55,13 @@ def test_a_large_picture_keeps_its_detail_away_from_the_change(height, width, to
 def test_small_differences_are_the_codec_not_the_edit():
     edited, unedited = pictures(level=0.04)
     assert change_weight(edited, unedited).max() == 0
+
+
+def test_outside_a_users_mask_every_pixel_stays():
+    edited, unedited = pictures()
+    mask = torch.zeros(96, 128)
+    mask[:, :58] = 1  # the change spans columns 50 to 65
+    weight = change_weight(edited, unedited, mask)[0, 0]
+    assert weight[:, 58:].max() == 0
+    assert weight[48, 50] > 0.5
+    assert weight[48].diff().abs().max() < 0.3  # the seam is soft and lies inside
