@@ -1,9 +1,7 @@
-"""Packaging of ddengine: an explicit package list, with the repository's top-level folders mapped below
-`ddengine`.
+"""Packaging of ddengine: an explicit package list, with the repository's top-level folders mapped below `ddengine`.
 
-`kernels/`, `bench/` and `examples/` stand at the top of the repository because people look for them there,
-but they are installed as `ddengine.kernels`, `ddengine.bench` and `ddengine.examples`, so nothing of ours
-claims those bare names.
+`kernels/`, `bench/` and `examples/` stand at the top of the repository because people look for them there, but they are
+installed as `ddengine.kernels`, `ddengine.bench` and `ddengine.examples`, so nothing of ours claims those bare names.
 """
 
 from __future__ import annotations
@@ -29,8 +27,10 @@ PACKAGES = [
 
 
 class EditableWheel(editable_wheel):
-    """Refuse the compat mode: it puts the repository root on the path, where the mapped packages are missing
-    and bare `kernels` answers imports meant for another distribution."""
+    """Refuse the compat mode, which puts the repository root on the path.
+
+    There the mapped packages are missing, and bare `kernels` answers imports meant for another distribution.
+    """
 
     def finalize_options(self) -> None:
         super().finalize_options()

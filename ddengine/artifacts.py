@@ -30,13 +30,12 @@ PICTURE_FORMATS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def atomic_write(path: StrPath, data: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Write a file so that `path` holds either all of the new content or what it held before; return the
-    path.
+    """Write a file so that `path` holds either all of the new content or what it held before; return the path.
 
-    `data`: the bytes, or a callable that writes them to the open binary file it is given. The content goes to
-    a temporary file in the same folder, is flushed to the disk, and then takes the name; on any failure (an
-    interrupt too) the temporary file is removed. A link is followed, its destination replaced. Raises
-    InputError if the folder or the disk does not take the file.
+    `data`: the bytes, or a callable that writes them to the open binary file it is given. The content goes to a
+    temporary file in the same folder, is flushed to the disk, and then takes the name; on any failure (an interrupt
+    too) the temporary file is removed. A link is followed, its destination replaced. Raises InputError if the folder or
+    the disk does not take the file.
     """
     path = Path(path)
     real, temporary, descriptor = _open_beside(path)
@@ -68,11 +67,9 @@ def make_folder(path: StrPath) -> Path:
 
 
 def check_writable(path: StrPath) -> Path:
-    """Raise InputError unless a file can be written at `path` now; leaves nothing behind. For a check before
-    long work."""
+    """Raise InputError unless a file can be written at `path` now, for a check before long work; leaves nothing."""
     path = Path(path)
-    # Trying is the only sure test: access bits say nothing of full or read-only disks, quotas or names too
-    # long.
+    # Trying is the only sure test: access bits say nothing of full or read-only disks, quotas or names too long.
     real, temporary, descriptor = _open_beside(path)
     os.close(descriptor)
     temporary.unlink(missing_ok=True)
@@ -139,20 +136,15 @@ def _picture_format(path: Path) -> tuple[str, dict[str, Any], int]:
 
 
 def _open_beside(path: Path) -> tuple[Path, Path, int]:
-    """Open a new temporary file in the folder of `path`: (the path with links followed, the temporary path,
-    descriptor)."""
+    """Open a new temporary file beside `path`: (the path with links followed, the temporary path, descriptor)."""
     try:
         real = Path(os.path.realpath(path))
         if not real.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
         temporary = real.with_name(f".ddengine-{secrets.token_hex(8)}.tmp")
-        # Opened without `tempfile`, whose 0600 mode would outlive the renaming: here the user's umask
-        # decides.
-        return (
-            real,
-            temporary,
-            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666),
-        )
+        # Opened without `tempfile`, whose 0600 mode would outlive the renaming: here the user's umask decides.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        return real, temporary, os.open(temporary, flags, 0o666)
     except OSError as error:
         raise _unwritable(path, error) from error
     except ValueError as error:  # a zero byte in the path; a name that is no name

@@ -1,7 +1,6 @@
 """The `ddengine` command: it reads options, calls the library and says what came of it.
 
-Torch is imported by the commands that need it, and only once all that the user can have got wrong has been
-checked.
+Torch is imported by the commands that need it, and only once all that the user can have got wrong has been checked.
 """
 
 from __future__ import annotations
@@ -16,10 +15,20 @@ import click
 import ddengine
 from ddengine.drags import Drag
 from ddengine.errors import InputError
-from ddengine.terminal import Answer, DragType, EditCommand, SettingType, answering, engine_options
+from ddengine.terminal import (
+    Answer,
+    Commands,
+    DragType,
+    EditCommand,
+    SettingType,
+    answering,
+    device_option,
+    engine_options,
+    seed_option,
+)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(ddengine.__version__, prog_name="ddengine")
 def main() -> None:
     """Drag-based image editing: a picture and an arrow in, an edited picture out.
@@ -31,6 +40,7 @@ def main() -> None:
 
 
 FILE = click.Path(path_type=Path)
+MINUTES = click.FloatRange(min=0, min_open=True)
 
 
 @main.command(cls=EditCommand)
@@ -61,7 +71,7 @@ FILE = click.Path(path_type=Path)
     help="Named configuration; see below.",
 )
 @click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@seed_option
 @answering
 def edit(
     image: Path,
@@ -86,7 +96,8 @@ def edit(
     from ddengine.artifacts import check_picture_path
     from ddengine.config import DirectDragConfig
     from ddengine.drags import parse_drags
-    from ddengine.image import read_image, read_mask
+    from ddengine.image import read_image
+    from ddengine.request import ANY_SIZE, checked_mask, spaces_for
 
     # All that the user can have got wrong is found before the seconds that torch and the weights take.
     for given in (image, mask):
@@ -95,8 +106,9 @@ def edit(
     check_picture_path(output)
     picture = read_image(image)
     checked = parse_drags(drags, *picture.size)
-    area = None if mask is None else read_mask(mask, *picture.size)
+    area = checked_mask(mask, picture.size)
     config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+    spaces_for(picture, ANY_SIZE, config)
 
     from ddengine.engine import Engine
 
@@ -174,13 +186,8 @@ def demo(output: Path, backend: str, device: str, dtype: str, progress: bool) ->
     from ddengine.demo import run
 
     shown = run(output, progress=progress, backend=backend, device=device, dtype=dtype)
-    facts = {"examples": [{key: _json_path(value) for key, value in vars(item).items()} for item in shown]}
     lines = [f"{item.name}: {item.side_by_side} ({item.seconds:.1f} s)" for item in shown]
-    return facts, "\n".join([*lines, f"look at the pictures in {output.resolve()}"])
-
-
-def _json_path(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    return {"examples": shown}, "\n".join([*lines, f"look at the pictures in {output.resolve()}"])
 
 
 @main.command()
@@ -202,17 +209,21 @@ def convert_readout(source: Path, output: Path) -> Answer:
 
     No code in IN.pt is run: it is read as tensors and plain containers, or refused.
     """
-    from ddengine.artifacts import check_writable
-
-    if output.suffix != ".safetensors":
-        raise InputError(f"cannot write {output}: a readout head's file name ends in .safetensors")
-    check_writable(output)
+    _check_head_path(output)
 
     from ddengine.models.readout_io import convert_readout as convert
 
     shape = convert(source, output)
     facts = {"output": str(output), "dims": list(shape.dims), "projection": shape.projection}
     return facts, f"wrote {output}: {len(shape.dims)} layers, projection {shape.projection}"
+
+
+def _check_head_path(output: Path) -> None:
+    from ddengine.artifacts import check_writable
+
+    if output.suffix != ".safetensors":
+        raise InputError(f"cannot write {output}: it is no .safetensors name; end it in .safetensors")
+    check_writable(output)
 
 
 @main.command("train-embedded")
@@ -224,11 +235,11 @@ def convert_readout(source: Path, output: Path) -> Answer:
     show_default=True,
     help="Folder; an interrupted run in it is resumed.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@device_option
+@seed_option
 @click.option(
     "--minutes",
-    type=(float, float, float),
+    type=(MINUTES, MINUTES, MINUTES),
     default=(60, 110, 10),
     show_default=True,
     help="Longest time for the autoencoder, the UNet and the readout head.",
@@ -241,12 +252,39 @@ def convert_readout(source: Path, output: Path) -> Answer:
     help="Worker processes: one a CPU core; a GPU takes one.",
 )
 @answering
-def train_embedded(output: Path, device: str, seed: int, minutes: tuple[float, float, float], processes: int) -> Answer:
+def train_embedded(
+    output: Path, device: str, seed: int, minutes: tuple[float, float, float], processes: int, progress: bool
+) -> Answer:
     """Train the embedded model on pictures that ddengine draws itself."""
     from ddengine.training.embedded import Budget, train
 
-    model = train(output, device=device, seed=seed, budget=Budget(*minutes), processes=processes)
+    model = train(output, device=device, seed=seed, budget=Budget(*minutes), processes=processes, progress=progress)
     return {"output": str(output), "model": str(model)}, f"the model is in {model}"
+
+
+@main.command("train-readout")
+@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
+@click.option("-o", "--output", metavar="OUT.safetensors", type=FILE, required=True)
+@click.option("--minutes", type=MINUTES, default=10, show_default=True, help="Longest time for the training.")
+@click.option(
+    "--triplets", type=click.IntRange(min=1), default=768, show_default=True, help="Drawn scenes to learn from."
+)
+@seed_option
+@device_option
+@answering
+def train_readout(
+    model: str, output: Path, minutes: float, triplets: int, seed: int, device: str, progress: bool
+) -> Answer:
+    """Train a readout head for a model, on pictures that ddengine draws itself."""
+    _check_head_path(output)
+
+    from ddengine.models.load import load_model
+    from ddengine.training.readout import make
+
+    loaded = load_model(model, device=device, dtype="float32")
+    last = make(loaded, output, minutes=minutes, count=triplets, seed=seed, progress=progress)
+    facts = {"output": str(output), "model": model, **last}
+    return facts, f"wrote {output}: {last['step']} steps, loss {last['hinge']:.3f}"
 
 
 @main.group()

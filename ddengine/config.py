@@ -286,7 +286,13 @@ _AUTHORS: dict[str, Any] = {
     "output_rounding": "truncate",
 }
 # What the scene bench showed to be better than the paper's value; docs/quality.md has the figures.
-MEASURED: dict[str, Any] = {"latent_warpage_ratio": 1.0, "warp_reach": "mask", "ms_reference": "initial"}
+MEASURED: dict[str, Any] = {
+    "latent_warpage_ratio": 1.0,
+    "warp_reach": "mask",
+    "ms_reference": "initial",
+    "reach": 0.75,
+    "readout_weight": 20,
+}
 _STAGES_OFF = {"soft_mask": False, "readout_guidance": False, "latent_warpage": False}
 
 PRESETS: dict[str, dict[str, Any]] = {

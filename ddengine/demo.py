@@ -54,8 +54,8 @@ def examples() -> tuple[Example, ...]:
 def show(example: Example, editor: Editor, folder: Path) -> Shown:
     """Edit one example and write NAME-before.png (with its arrows), NAME-after.png and NAME-side-by-side.png.
 
-    Pictures under 512 pixels are written enlarged by a whole factor. Raises InputError if the folder cannot
-    be written to, before the edit.
+    Pictures under 512 pixels are written enlarged by a whole factor. Raises InputError before the edit if the folder
+    cannot be written to.
     """
     make_folder(folder)
     before, after, both = (
@@ -73,11 +73,13 @@ def show(example: Example, editor: Editor, folder: Path) -> Shown:
 
 
 def run(folder: Path, *, progress: Any = None, **options: Any) -> tuple[Shown, ...]:
-    """Show every bundled example in `folder`; `options` go to `ddengine.edit` (the embedded model by
-    default)."""
-    from ddengine.engine import edit
+    """Show every bundled example in `folder`; `options` go to `Engine.load` (the embedded model by default)."""
+    from ddengine.engine import Engine
+
+    make_folder(folder)  # refuse before the weights are read
+    engine = Engine.load(**options)
 
     def editor(picture: Image.Image, drags: tuple[Drag, ...]) -> Image.Image:
-        return edit(picture, drags, progress=progress, **options).image
+        return engine.edit(picture, drags, progress=progress).image
 
     return tuple(show(example, editor, folder) for example in examples())

@@ -36,16 +36,14 @@ _EXPECTED = "a list of ((x, y), (x2, y2)) pairs, for example [((153, 445), (210,
 
 @dataclass(frozen=True)
 class Drag:
-    """One arrow: the content at `handle` is to move to `target`; both (x, y) in pixels of the upright input
-    picture."""
+    """One arrow: what is at `handle` is to move to `target`; both (x, y) in pixels of the upright input picture."""
 
     handle: Point
     target: Point
 
 
 def parse_drags(drags: Any, width: int, height: int) -> tuple[Drag, ...]:
-    """Check the user's drags against a picture of `width` x `height` pixels and return them as `Drag`
-    records.
+    """Check the user's drags against a picture of `width` x `height` pixels and return them as `Drag` records.
 
     `drags`: an iterable of `Drag` or of pairs of (x, y) points, or a numeric array [n, 2, 2]; pixels, x
     right, y down, origin at the centre of the top left pixel, fractions allowed. A point is inside if 0 <= x
@@ -151,11 +149,10 @@ def _short(value: Any) -> str:
 class Spaces:
     """The sizes of every coordinate space of one edit and the maps between them.
 
-    The maps take points [n, 2] (any leading shape; nested lists, NumPy arrays or tensors) and return float64
-    of the same kind: NumPy unless a tensor came in. Each axis has its own scale; pixel centres are kept: p' =
-    (p + 0.5) * s - 0.5.
-    `snapped` says that the working sides were rounded to multiples of 8, so that the latent covers the
-    working picture exactly.
+    The maps take points [n, 2] (any leading shape; nested lists, NumPy arrays or tensors) and return float64 of the
+    same kind: NumPy unless a tensor came in. Each axis has its own scale; pixel centres are kept:
+    p' = (p + 0.5) * s - 0.5. `snapped` says that the working sides were rounded to multiples of 8, so that the latent
+    covers the working picture exactly.
     """
 
     image_size: tuple[int, int]  # (width, height) of the upright input picture
@@ -187,8 +184,7 @@ class Spaces:
         return _swapped(_resampled(xy_image, self.image_size, self.feature_hw[::-1]))
 
     def image_from_feature(self, yx_feature: Any) -> Any:
-        """(row, column) on the feature grid -> (x, y) in image pixels; the inverse of
-        `feature_from_image`."""
+        """(row, column) on the feature grid -> (x, y) in image pixels; the inverse of `feature_from_image`."""
         return _resampled(_swapped(_as_float64(yx_feature)), self.feature_hw[::-1], self.image_size)
 
     def feature_from_work(self, xy_work: Any) -> Any:
@@ -216,8 +212,7 @@ def _swapped(points: Any) -> Any:
 
 
 def _resampled(points: Any, size: tuple[int, int], new_size: tuple[int, int]) -> Any:
-    """Map points from a grid of `size` to one of `new_size` (both in the order of the points' two
-    columns)."""
+    """Map points from a grid of `size` to one of `new_size` (both in the order of the points' two columns)."""
     points = _as_float64(points)
     ratio = [new / old for new, old in zip(new_size, size, strict=True)]
     scale = points.new_tensor(ratio) if hasattr(points, "new_tensor") else np.asarray(ratio)

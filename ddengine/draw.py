@@ -11,8 +11,8 @@ from ddengine.drags import Drag, Point
 
 DISPLAY_SIDE = 512  # smaller pictures are enlarged by a whole factor to at least this long side
 
-# Pillow's shapes are not antialiased: they are drawn up to 4 times larger and reduced, on at most this many
-# pixels a side.
+# Pillow's shapes are not antialiased: they are drawn up to 4 times larger and reduced, on at most this many pixels a
+# side.
 _MAX_LAYER = 4096
 _CASING = (20, 20, 24, 255)
 _SHAFT = (255, 255, 255, 255)
@@ -21,8 +21,7 @@ _TARGET = (10, 132, 255, 255)
 
 
 def display_factor(size: tuple[int, int]) -> int:
-    """The whole factor by which a picture of `size` (width, height) is enlarged for display; 1 for large
-    ones."""
+    """The whole factor by which a picture of `size` (width, height) is enlarged for display; 1 for large ones."""
     return max(1, math.ceil(DISPLAY_SIDE / max(size)))
 
 
@@ -34,11 +33,11 @@ def enlarged(picture: Image.Image, factor: int) -> Image.Image:
 
 
 def with_arrows(picture: Image.Image, drags: Iterable[Drag], factor: int = 1) -> Image.Image:
-    """A copy of the picture, `factor` times as large, with an arrow a drag: red handle, white shaft, blue
-    head at the target.
+    """A copy of the picture, `factor` times as large, with an arrow for each drag.
 
-    The drags' points are (x, y) pixels of the picture as given. Every part has a dark casing, so that arrows
-    read on white and on black; widths follow the picture's size.
+    An arrow has a red dot at the handle, a white shaft and a blue head at the target. The drags' points are (x, y)
+    pixels of the picture as given. Every part has a dark casing, so that arrows read on white and on black; widths
+    follow the picture's size.
     """
     canvas = enlarged(picture, factor).convert("RGB")
     fine = max(1, min(4, _MAX_LAYER // max(canvas.size)))
@@ -65,8 +64,7 @@ def _scaled(point: Point, scale: float) -> Point:
 
 
 def _paste_arrow(canvas: Image.Image, handle: Point, target: Point, unit: float, fine: int) -> None:
-    """Draw one arrow, its points in pixels `fine` times smaller than the canvas', on the part of the canvas
-    that it covers."""
+    """Draw one arrow, its points in pixels `fine` times smaller than the canvas', where it covers the canvas."""
     margin = 8 * unit
     left, top = (max(0, math.floor((min(a, b) - margin) / fine)) for a, b in zip(handle, target, strict=True))
     right, bottom = (

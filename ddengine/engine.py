@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +19,35 @@ from torch import Tensor
 from ddengine.backends import create_passes, select_backend
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.decode import decode
-from ddengine.directdrag.edit import Record
+from ddengine.directdrag.edit import Edited, Record
 from ddengine.directdrag.edit import edit as drag_edit
+from ddengine.directdrag.mask import work_mask
 from ddengine.directdrag.points import image_points, points_for
 from ddengine.directdrag.prepare import prepare
 from ddengine.directdrag.preserve import change_weight, composite
-from ddengine.drags import Drag, Spaces, fit, parse_drags
+from ddengine.directdrag.run import Step
+from ddengine.drags import Drag, Spaces, parse_drags
 from ddengine.errors import InputError
-from ddengine.image import read_image, read_mask, resize, to_pixels, to_tensor
+from ddengine.image import read_image, resize, to_pixels, to_tensor
 from ddengine.models.load import Model, load_model
 from ddengine.progress import Progress, Reporter, reporter
+from ddengine.request import (
+    ANY_SIZE,
+    check_method,
+    checked_mask,
+    checked_seed,
+    checked_settings,
+    plan_of,
+    spaces_for,
+)
 from ddengine.result import EditResult
 from ddengine.source import Source
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ddengine.backends.passes import Passes
 
-METHODS = ("directdrag",)
 STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode")
 
 
@@ -64,7 +78,9 @@ class Engine:
         Raises ModelError, BackendUnavailable, or InputError for an unknown device, dtype or backend.
         """
         select_backend(backend)  # refuse before the weights are read
-        return cls(load_model(model, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae), backend)
+        with torch.inference_mode(False):  # what is made in that mode can never take part in a gradient
+            loaded = load_model(model, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae)
+        return cls(loaded, backend)
 
     def prepare(
         self,
@@ -79,9 +95,10 @@ class Engine:
         image: a path, PIL.Image or uint8 array [H, W, 3]. Edits may change everything in `config` but the trajectory
         (an edit with another one is refused). Raises InputError, ModelError, Cancelled.
         """
-        settings = _settings(config)
+        settings = checked_settings(config)
         picture = read_image(image)
-        with self._lock, reporter(progress, _plan(settings, only_prepare=True)) as report:
+        plan = plan_of(settings, only_prepare=True)
+        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model.device):
             return self._prepare(picture, prompt, settings, report)
 
     def edit(
@@ -99,23 +116,22 @@ class Engine:
         """Move what lies at each drag's handle to its target.
 
         image: a `Source`, or what `prepare` takes. drags: pairs ((x, y), (x, y)) or `Drag`, in pixels of the upright
-        picture. mask: picture-sized, where the picture may change (default: found from the drags). prompt: optional
-        text. config: a preset's name or a DirectDragConfig. seed: seeds torch for the edit, which itself draws no
-        random numbers. progress: None, True (a bar) or a callable. Raises InputError, ModelError, Cancelled.
+        picture. mask: picture-sized, white where the picture may change; with `preserve`, black pixels stay (default:
+        found from the drags). prompt: optional text. config: a preset's name or a DirectDragConfig. seed: 0 to 2**63 -
+        1, seeds torch for the edit, which itself draws no random numbers. progress: None, True (a bar) or a callable.
+        The caller's random state and gradient mode are left alone. Raises InputError, ModelError, Cancelled.
         """
-        if method not in METHODS:
-            raise InputError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
+        check_method(method)
         started = time.perf_counter()
-        settings = _settings(config)
+        settings, seed = checked_settings(config), checked_seed(seed)
         source = image if isinstance(image, Source) else None
         picture = source.image if source is not None else read_image(image)
         arrows = parse_drags(drags, *picture.size)
-        area = None if mask is None else read_mask(mask, *picture.size)
+        area = checked_mask(mask, picture.size)
         if source is not None:
             self._check(source, prompt)
-        plan = _plan(settings, prepared=source is not None)
-        with self._lock, reporter(progress, plan) as report, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        plan = plan_of(settings, prepared=source is not None)
+        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model.device, seed):
             ready = source or self._prepare(picture, prompt, settings, report)
             result = self._edit(ready, arrows, area, settings, report)
         if source is None:
@@ -126,26 +142,30 @@ class Engine:
 
     def _prepare(self, picture: Image.Image, prompt: str, config: DirectDragConfig, report: Reporter) -> Source:
         passes = self._passes_for(prompt)
-        spaces = _spaces(picture, self.model.size, config)
+        spaces = spaces_for(picture, self.model.size, config)
         kind = "antialias" if config.resize == "fit" else "bilinear"
         work = resize(to_tensor(picture), spaces.work_size, kind).to(passes.device)
-        prepared = prepare(passes, work, config, report)
-        return Source(picture, work, spaces, prepared, self.model.digest, prompt)
+        prepared = prepare(passes, work, config, _teller(report, passes, config, spaces))
+        return Source(picture, spaces, prepared, self.model.digest, prompt, passes.device, passes.dtype)
 
     def _edit(
-        self, source: Source, drags: tuple[Drag, ...], area: Any, config: DirectDragConfig, report: Reporter
+        self,
+        source: Source,
+        drags: tuple[Drag, ...],
+        area: NDArray[np.float32] | None,
+        config: DirectDragConfig,
+        report: Reporter,
     ) -> EditResult:
         passes, spaces = self._passes_for(source.prompt), source.spaces
         handles_yx, targets_yx = points_for(config, drags, spaces)
-        user_mask = None if area is None else _work_mask(area, spaces)
-        edited = drag_edit(
-            passes, source.prepared, handles_yx, targets_yx, config, user_mask=user_mask, progress=report
-        )
+        user_mask = None if area is None else work_mask(torch.from_numpy(area), spaces.work_hw)
+        tell = _teller(report, passes, config, spaces)
+        edited = drag_edit(passes, source.prepared, handles_yx, targets_yx, config, user_mask=user_mask, progress=tell)
         started = time.perf_counter()
-        image = self._picture(passes, source, edited.latent, user_mask, config)
+        image = _picture(passes, source, edited, area, user_mask, config)
         image.info.update(source.image.info)  # the colour profile, where the input had one
         seconds = time.perf_counter() - started
-        report(Progress("decode", 1, 1, edited.handles_yx, edited.latent))
+        tell(Step("decode", 1, 1, edited.handles_yx, edited.latent))
         full_mask = _resized_mask(edited.mask, source.image.size)
         points = [tuple(map(float, xy)) for xy in image_points(config, edited.handles_yx, spaces)]
         reason = f"{self.backend.name} ({self.backend.reason})"
@@ -160,17 +180,6 @@ class Engine:
             notes=self.model.notes,
         )
 
-    def _picture(
-        self, passes: Passes, source: Source, latent: Tensor, user_mask: Tensor | None, config: DirectDragConfig
-    ) -> Image.Image:
-        edited = decode(passes, latent, source.spaces.work_hw)
-        if not config.preserve:
-            picture = Image.fromarray(to_pixels(edited, config.output_rounding))
-            return picture if config.resize == "shrink" else picture.resize(source.image.size, Image.Resampling.BICUBIC)
-        unedited = decode(passes, source.prepared.unedited, source.spaces.work_hw)
-        weight = change_weight(edited, unedited, user_mask)
-        return Image.fromarray(composite(np.asarray(source.image), edited, weight))
-
     def _passes_for(self, prompt: str) -> Passes:
         if prompt not in self._passes:
             self._passes = {prompt: create_passes(self.backend.name, self.model, prompt)}
@@ -181,6 +190,12 @@ class Engine:
             raise InputError(
                 f"the source was prepared with model {source.model[:12]}, this engine holds {self.model.digest[:12]}; "
                 f"prepare the picture with this engine"
+            )
+        here = (self.model.device, self.model.dtype)
+        if (source.device, source.dtype) != here:
+            raise InputError(
+                f"the source was prepared on {source.device} in {source.dtype}, this engine computes on {here[0]} in "
+                f"{here[1]}; prepare the picture with this engine"
             )
         if prompt and prompt != source.prompt:
             raise InputError(
@@ -207,23 +222,37 @@ def edit(
 
     The engine of a (model, backend, device, dtype) is loaded once per process, so a second call pays only for the edit.
     """
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
+    check_method(method)
     # Everything that can be wrong with the input is found before the seconds that loading takes.
-    settings = _settings(config)
+    settings, seed = checked_settings(config), checked_seed(seed)
     if not isinstance(image, Source):
         image = read_image(image)
+        spaces_for(image, ANY_SIZE, settings)  # for its refusals
         drags = parse_drags(drags, *image.size)
-        mask = None if mask is None else read_mask(mask, *image.size)
-    started = time.perf_counter()
-    engine = _engine(str(model), backend, device, dtype)
-    loading = time.perf_counter() - started
-    result = engine.edit(
-        image, drags, method=method, mask=mask, prompt=prompt, config=settings, seed=seed, progress=progress
-    )
+        mask = checked_mask(mask, image.size)
+    plan = {"load": 1, **plan_of(settings, prepared=isinstance(image, Source))}
+    with reporter(progress, plan) as report:
+        started = time.perf_counter()
+        engine = _loaded(model, backend, device, dtype)
+        loading = time.perf_counter() - started
+        report(Progress("load", 1, 1))
+        result = engine.edit(
+            image, drags, method=method, mask=mask, prompt=prompt, config=settings, seed=seed, progress=report
+        )
     result.timings["load"] = loading
     result.timings["total"] += loading
     return result
+
+
+_LOADING = threading.Lock()
+
+
+def _loaded(model: str | Path, backend: str, device: str, dtype: str) -> Engine:
+    name = str(model)
+    if name != "embedded" and os.path.isdir(folder := os.path.expanduser(name)):
+        name = os.path.realpath(folder)
+    with _LOADING:  # two threads that want the same engine load it once
+        return _engine(name, backend, device, dtype)
 
 
 @lru_cache(maxsize=2)
@@ -231,32 +260,56 @@ def _engine(model: str, backend: str, device: str, dtype: str) -> Engine:
     return Engine.load(model, backend=backend, device=device, dtype=dtype)
 
 
-def _settings(config: DirectDragConfig | str | None) -> DirectDragConfig:
-    if isinstance(config, DirectDragConfig):
-        return config
-    if config is None or isinstance(config, str):
-        return DirectDragConfig.preset(config or "default")
-    raise InputError(f"config is a {type(config).__name__}; pass a DirectDragConfig or a preset's name")
+@contextmanager
+def _own_torch_state(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """Gradients possible, random numbers seeded, cuDNN repeatable, whatever the caller has set and will find again."""
+    cuda, cudnn = device.type == "cuda", torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[device] if cuda else []),
+    ):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+            cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
 
 
-def _plan(config: DirectDragConfig, *, prepared: bool = False, only_prepare: bool = False) -> dict[str, int]:
-    """Expected steps of each stage, for a progress bar; an edit may take fewer."""
-    steps = round(config.inversion_strength * config.n_inference_step)
-    updates = config.drag_end_step * config.track_per_step * config.max_drag_per_track
-    first = {} if prepared else {"encode": 1, "invert": steps, "reference": steps}
-    return first if only_prepare else {**first, "warp": 1, "drag": updates, "denoise": steps, "decode": 1}
+def _teller(report: Reporter, passes: Passes, config: DirectDragConfig, spaces: Spaces) -> Callable[[Step], None]:
+    """Tells a user's reporter the method's steps, in the user's own coordinates and pictures."""
+
+    def tell(at: Step) -> None:
+        def preview() -> Image.Image:
+            assert at.latent is not None
+            return Image.fromarray(to_pixels(decode(passes, at.latent, spaces.work_hw), config.output_rounding))
+
+        points = None if at.points_yx is None else image_points(config, at.points_yx, spaces)
+        report(Progress(at.stage, at.step, at.total, points, None if at.latent is None else preview))
+
+    return tell
 
 
-def _spaces(picture: Image.Image, size: int, config: DirectDragConfig) -> Spaces:
-    if config.resize == "fit":
-        return fit(*picture.size, size)
-    return fit(*picture.size, size, upscale=False, snap=1)
-
-
-def _work_mask(mask: np.ndarray, spaces: Spaces) -> Tensor:
-    """A picture-sized mask at the working size: a working pixel is free where any of its part of the mask is."""
-    work = resize(torch.from_numpy(np.ascontiguousarray(mask))[None, None], spaces.work_size, "bilinear")
-    return (work[0, 0] > 0.5).float()
+def _picture(
+    passes: Passes,
+    source: Source,
+    edited: Edited,
+    area: NDArray[np.float32] | None,
+    user_mask: Tensor | None,
+    config: DirectDragConfig,
+) -> Image.Image:
+    size_hw = source.spaces.work_hw
+    after = decode(passes, edited.latent, size_hw)
+    if edited.unedited is None:
+        picture = Image.fromarray(to_pixels(after, config.output_rounding))
+        return picture if config.resize == "shrink" else picture.resize(source.image.size, Image.Resampling.BICUBIC)
+    weight = change_weight(after, decode(passes, edited.unedited, size_hw), user_mask)
+    return Image.fromarray(composite(np.asarray(source.image), after, weight, area))
 
 
 def _resized_mask(mask: Tensor, size: tuple[int, int]) -> np.ndarray:

@@ -1,9 +1,7 @@
-"""Pictures in and out: reading with limits, upright 8-bit RGB, masks, and the step between pixels and
-tensors.
+"""Pictures in and out: reading with limits, upright 8-bit RGB, masks, and the step between pixels and tensors.
 
-Everything a user passes is treated as hostile: sizes are checked from the header before any pixel is decoded,
-a format is tried only if it is on the list below, and every failure of a decoder becomes an InputError.
-Reading needs no torch.
+Everything a user passes is treated as hostile: sizes are checked from the header before any pixel is decoded, a format
+is tried only if it is on the list below, and every failure of a decoder becomes an InputError. Reading needs no torch.
 """
 
 from __future__ import annotations
@@ -54,8 +52,7 @@ _DECODER_ERRORS = (
 
 
 def read_image(image: Any) -> Image.Image:
-    """Read a picture and return it upright, as a new 8-bit RGB picture without metadata but its colour
-    profile.
+    """Read a picture and return it upright, as a new 8-bit RGB picture with no metadata but its colour profile.
 
     `image`: a path, a PIL picture or a uint8 array [H, W, 3] (RGB). EXIF rotation is applied first; 16-bit
     values are scaled to 8 bits; grey, palette, CMYK and other modes are converted; transparent pictures are
@@ -76,8 +73,7 @@ def read_image(image: Any) -> Image.Image:
 
 
 def read_mask(mask: Any, width: int, height: int) -> NDArray[np.float32]:
-    """Read a mask for a picture of `width` x `height` (upright) pixels: float32 [H, W] in 0..1, where 1 may
-    change.
+    """Read a mask for a picture of `width` x `height` (upright) pixels: float32 [H, W] in 0..1, where 1 may change.
 
     `mask`: a path or PIL picture (its brightness; transparent parts count as black), or an array [H, W] (a
     last axis of 1 is allowed) of bool, of float in 0..1, or of uint8 in 0..255; integers that never exceed 1
@@ -113,11 +109,10 @@ def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int], filter: Literal["antialias", "bilinear"] = "antialias") -> Tensor:
-    """Resize an image tensor [B, C, H, W] to `size` (width, height), pixel centres kept; values stay in the
-    input's range.
+    """Resize an image tensor [B, C, H, W] to `size` (width, height), pixel centres and the range of values kept.
 
-    "antialias": bicubic with a filter as wide as the reduction. "bilinear": four neighbours and no
-    antialiasing, which is what OpenCV's default does and the published code uses.
+    "antialias": bicubic with a filter as wide as the reduction. "bilinear": four neighbours and no antialiasing, which
+    is what OpenCV's default does and the published code uses.
     """
     import torch.nn.functional as F
 
@@ -170,7 +165,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Image.Image, str]]:
         with _decoding(name), Image.open(file, formats=FORMATS) as opened:
             yield opened, name
     except UnicodeEncodeError as error:
-        raise InputError(f"cannot read {name!r}: {error}") from error
+        raise InputError(f"cannot read {name!r}: {error}; rename the file") from error
 
 
 @contextmanager
@@ -198,8 +193,7 @@ def _check_header(image: Image.Image, name: str) -> None:
             f"{name} is {width} x {height} = {width * height} pixels, the limit is {MAX_PIXELS}; "
             "scale it down or crop it"
         )
-    # Phones write MPO: a JPEG followed by a thumbnail, depth or brightness map. Its first frame is the
-    # picture.
+    # Phones write MPO: a JPEG followed by a thumbnail, depth or brightness map. Its first frame is the picture.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise InputError(
@@ -215,8 +209,7 @@ def _check_sides(width: int, height: int, name: str) -> None:
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    # Decoded before anything else looks at it: after a failed attempt Pillow hands out what it has as if it
-    # were whole.
+    # Decoded before anything else looks at it: after a failed attempt Pillow hands out what it has as if it were whole.
     image.load()
     try:
         return ImageOps.exif_transpose(image)

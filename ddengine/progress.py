@@ -1,5 +1,4 @@
-"""Progress of an edit: one frozen record a step, and the adapter from what users pass to what the stages
-call."""
+"""Progress of an edit: one frozen record a step, and the adapter from what users pass to what the stages call."""
 
 from __future__ import annotations
 
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ddengine.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
     from tqdm import tqdm
 
 
@@ -20,15 +21,16 @@ class Progress:
     """Where an edit stands.
 
     `stage`: load, encode, invert, reference, warp, drag, denoise or decode; `step` of `total`: steps of that
-    stage done so far, 1 to total. `points`: current handles [n, 2] as (row, column) on the feature grid,
-    `preview`: a latent [1, 4, h, w] to decode for a look, both None where the stage has none.
+    stage done so far, 1 to total. `points`: current handles, float64 [n, 2] as (x, y) in input pixels.
+    `preview`: call it for a look at the edit so far, an RGB picture at the working size; that costs a decoding.
+    Both are None where the stage has none.
     """
 
     stage: str
     step: int
     total: int
-    points: Tensor | None = None
-    preview: Tensor | None = None
+    points: NDArray[np.float64] | None = None
+    preview: Callable[[], Image.Image] | None = None
 
 
 Reporter = Callable[[Progress], None]

@@ -23,7 +23,8 @@ class EditResult:
     mask: float32 [H, W] in 0..1 at the input's size, 1 where the picture was free to change.
     timings: seconds by stage (load, encode, invert, reference, warp, drag, denoise, decode, total); a stage that was
     paid for earlier (a loaded engine, a prepared source) counts 0.
-    passes: network forwards and backwards by stage, e.g. {"drag": {"forward": 210, "backward": 210}}.
+    passes: UNet forwards and backwards by stage, e.g. {"drag": {"forward": 210, "backward": 210}}; the autoencoder and
+    the readout head are not counted.
     history: one dictionary per latent update: step, t, drag_loss, background_loss, readout_loss, total_loss, updated,
     and handles, (x, y) in input pixels.
     backend: what ran each stage and why, e.g. {"drag": "eager (auto: ...)"}.

@@ -70,7 +70,7 @@ class Schedule:
     def timesteps(self, n_inference_step: int, strength: float = 1.0) -> tuple[int, ...]:
         """The sampling times in descending order, the last `round(strength * n)` of them (halves round to even).
 
-        For 50 steps and strength 0.75: 741, 721, ..., 21, 1.
+        For 50 steps and strength 0.75: 741, 721, ..., 21, 1. Raises InputError where the schedule has no such times.
         """
         count = round(strength * n_inference_step)
         if not 1 <= count <= n_inference_step <= len(self._table):
@@ -79,6 +79,12 @@ class Schedule:
                 f"1 to {len(self._table)}: change n_inference_step or inversion_strength"
             )
         spacing = self.spacing(n_inference_step)
+        top = (count - 1) * spacing + self.steps_offset
+        if top >= len(self._table):
+            raise InputError(
+                f"{n_inference_step} steps at strength {strength:g} start at time {top}, the schedule ends at "
+                f"{len(self._table) - 1}: lower n_inference_step or inversion_strength"
+            )
         return tuple(k * spacing + self.steps_offset for k in reversed(range(count)))
 
 

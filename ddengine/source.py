@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
-    from torch import Tensor
 
     from ddengine.directdrag.prepare import Prepared
     from ddengine.drags import Spaces
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 class Source:
     """What `Engine.prepare` returns and `Engine.edit` takes in place of a picture, any number of times.
 
-    image: the upright RGB input. work: the picture [1, 3, H, W] in -1..1 at the working size. spaces: all coordinate
-    spaces. prepared: inverted latent and reference trajectory. model: digest of the weights it was made with; another
-    model refuses it. prompt: the conditioning it was made with. timings, passes: what the preparation cost, by stage.
+    image: the upright RGB input. spaces: all coordinate spaces. prepared: inverted latent and reference trajectory.
+    model, device, dtype: digest of the weights it was made with, where and in what they computed; another engine
+    refuses it. prompt: the conditioning it was made with. timings, passes: what the preparation cost, by stage.
     """
 
     image: Image.Image
-    work: Tensor
     spaces: Spaces
     prepared: Prepared
     model: str
     prompt: str
+    device: torch.device
+    dtype: torch.dtype
 
     @property
     def timings(self) -> dict[str, float]:

@@ -1,8 +1,7 @@
 """How commands take options and give answers: option types, JSON or text, messages, exit codes.
 
-Exit codes: 0 success, 2 bad input (a message on stderr says what and how to put it right), 130 stopped by the
-user. With --json, stdout holds one JSON object and nothing else: the answer, or {"error": {"type",
-"message"}}.
+Exit codes: 0 success, 2 bad input (one line on stderr says what and how to put it right), 130 stopped by the user.
+With --json, stdout holds one JSON object and nothing else: the answer, or {"error": {"type", "message"}}.
 """
 
 from __future__ import annotations
@@ -12,18 +11,45 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import click
 
 from ddengine.drags import Drag
-from ddengine.errors import Cancelled, DDEngineError
+from ddengine.errors import Cancelled, DDEngineError, InputError
 
 Answer = tuple[dict[str, Any], str]  # what --json prints, and what people read
 
 BAD_INPUT = 2
 STOPPED = 130  # what shells report for Ctrl-C
+
+
+class Commands(click.Group):
+    """The whole command, whose usage errors are answered like all others: one line, and JSON with --json."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Parse and run a command line, and leave Python with its exit code."""
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(BAD_INPUT)
+        except click.UsageError as error:
+            see = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+            message = error.format_message().removesuffix(".")
+            _fail(InputError(f"{message}{see}"), BAD_INPUT, "--json" in words, error)
+        except click.Abort as error:
+            _fail(Cancelled("stopped"), STOPPED, "--json" in words, error)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def answering(function: Callable[..., Answer]) -> Callable[..., None]:
@@ -61,7 +87,7 @@ def _fail(error: Exception, code: int, as_json: bool, cause: BaseException) -> N
     click.echo(f"ddengine: {message}", err=True)
     if as_json:
         click.echo(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
-    raise click.exceptions.Exit(code) from cause
+    raise SystemExit(code) from cause
 
 
 def _plain(value: Any) -> Any:
@@ -132,6 +158,11 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps ...")
+# What both NumPy and torch take.
+seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+
+
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of commands that run a model: where and how."""
     options = (
@@ -142,7 +173,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "eager", "compile", "onnxruntime", "tensorrt"]),
             help="What runs the networks; auto takes the best that works here.",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps ..."),
+        device_option,
         click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
     )
     for option in reversed(options):

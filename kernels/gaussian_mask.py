@@ -36,11 +36,11 @@ def gaussian_matrix(size: int, sigma: float, *, truncated: bool, like: Tensor) -
     if not truncated:
         return torch.exp(-((index[:, None] - index).to(like.dtype) ** 2) / (2 * sigma**2))
     radius = (int(4 * sigma) | 1) // 2
-    taps = torch.arange(-radius, radius + 1, device=like.device)
+    taps = torch.arange(-radius, radius + 1)  # on the CPU: not every device has float64
     weights = torch.exp(-(taps.double() ** 2) / (2 * sigma**2))
-    weights = (weights / weights.sum()).to(like.dtype)
+    weights = (weights / weights.sum()).to(like)
     period = max(2 * (size - 1), 1)
-    source = (index[:, None] + taps).remainder(period)
+    source = (index[:, None] + taps.to(like.device)).remainder(period)
     source = torch.minimum(source, period - source)
     matrix = like.new_zeros(size, size)
     return matrix.scatter_add_(1, source, weights.expand(size, -1))

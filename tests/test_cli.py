@@ -192,7 +192,9 @@ BAD = {
     "infinite": (["edit", "in.png", "--drag", "10,20:inf,40", "-o", "out.png"], "finite"),
     "equal points": (["edit", "in.png", "--drag", "10,20:10,20", "-o", "out.png"], "same point"),
     "too many": (["edit", "in.png", *DRAG * 65, "-o", "out.png"], "limit is 64"),
+    "too narrow": (["edit", "narrow.png", *DRAG, "-o", "out.png"], "limit is 8:1"),
     "mask size": (["edit", "in.png", *DRAG, "--mask", "small.png", "-o", "out.png"], "picture's size"),
+    "mask all black": (["edit", "in.png", *DRAG, "--mask", "black.png", "-o", "out.png"], "nothing free"),
     "no such mask": (["edit", "in.png", *DRAG, "--mask", "no.png", "-o", "out.png"], "no file"),
     "unknown preset": (["edit", "in.png", *DRAG, "--config", "magic", "-o", "out.png"], "magic"),
     "unknown setting": (["edit", "in.png", *DRAG, "--set", "r9=1", "-o", "out.png"], "r9"),
@@ -217,6 +219,8 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(folder, name):
     (folder / "folder.png").mkdir()
     (folder / "link.png").symlink_to(folder / "in.png")
     Image.new("L", (96, 71), 255).save("small.png")
+    Image.new("L", (96, 72), 0).save("black.png")
+    Image.new("RGB", (64 * 8 + 1, 64)).save("narrow.png")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     arguments, says = BAD[name]
     done = call(*arguments)
@@ -233,27 +237,41 @@ def test_bad_input_is_one_line_exit_code_2_and_no_file(folder, name):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "says"),
     [
-        [],
-        ["nonsense"],
-        ["edit"],
-        ["edit", "in.png", "-o", "out.png"],
-        ["edit", "in.png", *DRAG],
-        ["edit", "in.png", "--drag", "10,20", "-o", "out.png"],
-        ["edit", "in.png", "--drag", "10,20:30", "-o", "out.png"],
-        ["edit", "in.png", "--drag", "a,b:c,d", "-o", "out.png"],
-        ["edit", "in.png", *DRAG, "--set", "r2", "-o", "out.png"],
-        ["edit", "in.png", *DRAG, "--method", "magic", "-o", "out.png"],
-        ["edit", "in.png", *DRAG, "--backend", "magic", "-o", "out.png"],
-        ["edit", "in.png", *DRAG, "--seed", "-1", "-o", "out.png"],
-        ["edit", "in.png", *DRAG, "--nonsense", "-o", "out.png"],
+        (["nonsense"], "nonsense"),
+        (["edit"], "IMAGE"),
+        (["edit", "in.png", "-o", "out.png"], "--drag"),
+        (["edit", "in.png", *DRAG], "--output"),
+        (["edit", "in.png", "--drag", "10,20", "-o", "out.png"], "for example 153,445:210,443"),
+        (["edit", "in.png", "--drag", "10,20:30", "-o", "out.png"], "'10,20:30' is not X0,Y0:X1,Y1"),
+        (["edit", "in.png", "--drag", "a,b:c,d", "-o", "out.png"], "'a,b:c,d' is not X0,Y0:X1,Y1"),
+        (["edit", "in.png", *DRAG, "--set", "r2", "-o", "out.png"], "'r2' is not FIELD=VALUE"),
+        (["edit", "in.png", *DRAG, "--method", "magic", "-o", "out.png"], "'directdrag'"),
+        (["edit", "in.png", *DRAG, "--backend", "magic", "-o", "out.png"], "'eager'"),
+        (["edit", "in.png", *DRAG, "--seed", "-1", "-o", "out.png"], "-1"),
+        (["edit", "in.png", *DRAG, "--seed", str(2**63), "-o", "out.png"], str(2**63 - 1)),
+        (["edit", "in.png", *DRAG, "--nonsense", "-o", "out.png"], "--nonsense"),
+        (["train-embedded", "--minutes", "0", "1", "1"], "x>0"),
+        (["train-readout", "--minutes", "0", "-o", "r.safetensors"], "x>0"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(folder, arguments):
+def test_wrong_usage_is_one_line_exit_code_2_and_no_file(folder, arguments, says):
     done = call(*arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("ddengine: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr and "--help" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["in.png", "mask.png"]
+    answer = call(*arguments, "--json")
+    assert answer.exit_code == 2
+    assert says in json.loads(answer.stdout)["error"]["message"]
+
+
+def test_no_arguments_show_the_help():
+    done = call()
     assert done.exit_code == 2
-    assert not (folder / "out.png").exists()
+    assert "train-embedded" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -333,6 +351,34 @@ def test_convert_readout_refuses(folder, arguments, says):
     assert done.exit_code == 2
     assert says in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["in.png", "mask.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train-readout", "-o", "r.pt"], r".safetensors"),
+        (["train-readout", "-o", "no/r.safetensors"], "folder"),
+        (["train-readout", "-o", "r.safetensors", "--model", "no"], "no such folder"),
+        (["train-embedded", "-o", "in.png"], "folder"),
+        (["train-embedded", "-o", "run", "--device", "magic"], "magic"),
+    ],
+)
+def test_training_refuses(folder, arguments, says):
+    done = call(*arguments)
+    assert done.exit_code == 2
+    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["in.png", "mask.png"]
+
+
+def test_train_readout_writes_a_head_for_the_model(folder):
+    options = ("--triplets", "2", "--minutes", "1e-6", "--device", "cpu")
+    done = call("train-readout", "-o", "r.safetensors", *options, "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["step"] == 1
+    from ddengine.models.load import load_model
+
+    assert load_model("embedded", device="cpu", readout="r.safetensors").readout is not None
+    assert sorted(path.name for path in folder.iterdir()) == ["in.png", "mask.png", "r.safetensors"]
 
 
 def test_convert_readout_reads_the_published_format(golden, folder):

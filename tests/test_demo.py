@@ -25,8 +25,7 @@ def test_small_pictures_are_enlarged_by_a_whole_factor(size, factor):
 
 @pytest.mark.parametrize("ground", ["white", "black", "red", (10, 132, 255), (128, 128, 128)])
 def test_arrows_read_on_every_ground(ground):
-    """Along the shaft there is something much lighter or darker than the ground; far away nothing has
-    changed."""
+    """Along the shaft there is something much lighter or darker than the ground; far away nothing has changed."""
     plain = Image.new("RGB", (128, 96), ground)
     drawn = np.asarray(with_arrows(plain, [DRAG], 4)).astype(int)
     assert drawn.shape == (384, 512, 3)

@@ -62,6 +62,9 @@ def test_configs_are_read_and_unfit_ones_refused() -> None:
         Schedule.from_config({"prediction_type": "v_prediction"})
     with pytest.raises(ModelError, match="squaredcos"):
         Schedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    with pytest.raises(InputError, match=r"start at time 1000, .* ends at 999: lower n_inference_step"):
+        SCHEDULE.timesteps(1000, 1)
+    assert SCHEDULE.timesteps(999, 1)[0] == 999
     for n, strength in ((50, 0.001), (2000, 0.75), (50, 1.5)):
         with pytest.raises(InputError, match="n_inference_step"):
             SCHEDULE.timesteps(n, strength)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddengine.errors import ModelError
 from ddengine.models.load import Model
-from ddengine.models.unet import UNetOutput, unet_forward
+from ddengine.models.unet import UNetOutput, cross_key_values, unet_forward
 
 
 class EagerPasses:
@@ -24,9 +24,10 @@ class EagerPasses:
         self.device, self.dtype = parameter.device, parameter.dtype
         self._vae_dtype = next(model.vae.parameters()).dtype
         self._scale = float(model.vae.config.scaling_factor)
-        # One conditioning for the life of the passes: what follows from it alone (the K/V of every
-        # cross-attention) is constant too and belongs here once it is precomputed.
-        self._context = self._check_context(model.empty_context if context is None else context)
+        # One conditioning for the life of the passes: the keys and values it gives are made once.
+        context = self._check_context(model.empty_context if context is None else context)
+        with torch.no_grad():
+            self._context_kv = cross_key_values(model.unet, context)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class EagerPasses:
     ) -> UNetOutput:
         computed = latent.to(self.device, self.dtype)
         out = unet_forward(
-            self.model.unet, computed, timestep, self._context, taps=taps, kv=kv, reference_kv=reference_kv
+            self.model.unet, computed, timestep, self._context_kv, taps=taps, kv=kv, reference_kv=reference_kv
         )
         return out._replace(noise=None if out.noise is None else out.noise.to(latent.dtype))
 

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ddengine.backends.passes import Passes
 from ddengine.directdrag.reference import Reference
 from ddengine.directdrag.run import Run
-from ddengine.models.unet import KeyValue
+from ddengine.models.unet import KeyValue, UNetOutput
 from ddengine.schedule import ddim_step
 
 
 class ReferenceRow:
-    """The unedited picture beside the edit: gives each step's keys and values, from memory or by walking along."""
+    """The unedited picture beside the edit: each step's keys and values and its end, from memory or by walking along.
+
+    Both are the same whether they were kept or are made again.
+    """
 
     def __init__(self, passes: Passes, reference: Reference, spacing: int, run: Run) -> None:
         self._passes, self._reference, self._spacing, self._run = passes, reference, spacing, run
-        self._latent = reference.latents[-1]
+        self._latents = list(reference.latents)
 
     def key_value(self, step: int, t: int) -> tuple[KeyValue, ...]:
         """Keys and values of denoising step `step` at time t; steps are asked for in order and without gaps."""
         if self._reference.kv is not None:
             return self._reference.kv[step]
-        known = self._reference.latents
-        latent = known[step] if step < len(known) else self._latent
+        return self._walk(step, t).kv
+
+    def end(self, times: Sequence[int]) -> Tensor:
+        """The final latent [1,4,h,w] of no edit, after all denoising `times`."""
+        for step in range(len(self._latents) - 1, len(times)):
+            self._walk(step, times[step])
+        return self._latents[-1]
+
+    def _walk(self, step: int, t: int) -> UNetOutput:
+        latent = self._latents[step]
         out = self._passes.reference(latent, t)
         self._run.count("denoise", forward=1)
-        self._latent = ddim_step(self._passes.schedule, out.epsilon, t, latent, self._spacing)
-        return out.kv
+        if step + 1 == len(self._latents):
+            self._latents.append(ddim_step(self._passes.schedule, out.epsilon, t, latent, self._spacing))
+        return out
 
 
 def predict_noise(

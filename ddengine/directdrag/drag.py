@@ -149,8 +149,8 @@ def drag_step(
             "drag",
             step * per_step + len(iterations),
             config.drag_end_step * per_step,
-            points=handles_yx,
-            preview=predicted_image(passes.schedule, seen.epsilon.detach(), goal.t, latent.detach()),
+            points_yx=handles_yx,
+            latent=predicted_image(passes.schedule, seen.epsilon.detach(), goal.t, latent.detach()),
         )
         if len(iterations) % config.max_drag_per_track == 0:
             if not config.track_lag:

@@ -15,9 +15,8 @@ from ddengine.directdrag.drag import Goal, Iteration, drag_step
 from ddengine.directdrag.mask import edit_mask, feature_mask, latent_mask
 from ddengine.directdrag.prepare import Prepared
 from ddengine.directdrag.readout import uses_readout
-from ddengine.directdrag.run import Run
+from ddengine.directdrag.run import Run, Step
 from ddengine.directdrag.warp import warp
-from ddengine.progress import Progress
 from ddengine.schedule import ddim_step, predicted_image
 
 
@@ -39,11 +38,13 @@ class Record:
 class Edited:
     """The outcome of an edit.
 
-    latent: final [1,4,h,w], to be decoded. handles_yx: tracked handles [n,2] on the feature grid. mask: [Hs,Ws] in
-    0..1. history: one record per latent update. passes, timings: cost by stage. readout: whether its term ran.
+    latent: final [1,4,h,w], to be decoded. unedited: the same of no edit, None where `preserve` is off. handles_yx:
+    tracked handles [n,2] on the feature grid. mask: [Hs,Ws] in 0..1. history: one record per latent update. passes,
+    timings: cost by stage. readout: whether its term ran.
     """
 
     latent: Tensor
+    unedited: Tensor | None
     handles_yx: Tensor
     mask: Tensor
     history: tuple[Record, ...]
@@ -60,7 +61,7 @@ def edit(
     config: DirectDragConfig,
     *,
     user_mask: Tensor | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
 ) -> Edited:
     """Drag handles to targets, [n,2] as (row, column) on the feature grid, in a prepared picture.
 
@@ -83,7 +84,7 @@ def edit(
         mask = edit_mask(handles_yx, targets_yx, feature_hw, config, user_mask=user_mask)
         held = 1 - latent_mask(mask, (latent.shape[-2], latent.shape[-1])).to(latent.dtype)
         background = held if bool(held.any()) else None
-        run.report("warp", 1, 1, points=handles_yx)
+        run.report("warp", 1, 1, points_yx=handles_yx)
 
     first_handles_yx, row = handles_yx, ReferenceRow(passes, reference, prepared.spacing, run)
     iterations: list[Iteration] = []
@@ -116,8 +117,12 @@ def edit(
                 noise = predict_noise(passes, latent, t, run, reference_kv=kv)
             preview = predicted_image(passes.schedule, noise, t, latent)
             latent = ddim_step(passes.schedule, noise, t, latent, prepared.spacing)
-        run.report("denoise", step + 1, len(times), points=handles_yx, preview=preview)
-    return Edited(latent, handles_yx, mask, _records(iterations), run.passes, run.seconds, guided)
+        run.report("denoise", step + 1, len(times), points_yx=handles_yx, latent=preview)
+    unedited = None
+    if config.preserve:
+        with run.stage("denoise"), torch.no_grad():
+            unedited = row.end(times)
+    return Edited(latent, unedited, handles_yx, mask, _records(iterations), run.passes, run.seconds, guided)
 
 
 def _records(iterations: list[Iteration]) -> tuple[Record, ...]:

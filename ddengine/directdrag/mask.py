@@ -45,8 +45,22 @@ def path_mask(handles_yx: Tensor, targets_yx: Tensor, feature_hw: tuple[int, int
     )
 
 
+def work_mask(mask: Tensor, work_hw: tuple[int, int]) -> Tensor:
+    """A user's picture-sized mask [H,W] in 0..1 as zeros and ones at the working size, 1 where the picture may change.
+
+    A working pixel is free where more than half of its area is; a mask too thin for that frees all it touches.
+    """
+    free = F.adaptive_avg_pool2d(mask[None], work_hw)[0] > 0.5
+    if not free.any():
+        free = F.adaptive_max_pool2d(mask[None], work_hw)[0] > 0.5
+    return free.float()
+
+
 def feature_mask(user_mask: Tensor, work_hw: tuple[int, int], feature_hw: tuple[int, int]) -> Tensor:
-    """A user's mask, bool or 0..1, at the working or the feature size, as float32 [Hs,Ws] on the feature grid."""
+    """A user's mask, bool or 0..1, at the working or the feature size, as float32 [Hs,Ws] on the feature grid.
+
+    A cell has the largest value in it, so that a thin mask does not slip between cells. Raises InputError.
+    """
     size = tuple(user_mask.shape)
     if size not in (tuple(work_hw), tuple(feature_hw)):
         raise InputError(
@@ -56,7 +70,7 @@ def feature_mask(user_mask: Tensor, work_hw: tuple[int, int], feature_hw: tuple[
     mask = user_mask.float()
     if not (mask.min() >= 0 and mask.max() <= 1):
         raise InputError(f"the mask has values from {mask.min():g} to {mask.max():g}; they must lie in 0 to 1")
-    return F.interpolate(mask[None, None], size=feature_hw, mode="nearest")[0, 0]
+    return F.adaptive_max_pool2d(mask[None], feature_hw)[0]
 
 
 def latent_mask(mask: Tensor, latent_hw: tuple[int, int]) -> Tensor:

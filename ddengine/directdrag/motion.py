@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddengine.config import DirectDragConfig
+from ddengine.directdrag.precision import wide
 from ddengine.errors import InputError
 from ddengine.kernels.sample_patches import drag_loss, sample_patches, supervision_step
 
@@ -26,6 +27,7 @@ def supervision_loss(
     R_i: the current features at p_i, detached (DirectDrag's formula), or the reference trajectory's at the first
     handle (the published code). s: the number of positions, or (2 r1)². A pair nearer than `reach` adds nothing.
     """
+    feature, reference_feature = wide(feature), wide(reference_feature)
     step, moving = supervision_step(handles_yx, targets_yx, config.d, config.reach)
     if config.ms_reference == "current":
         source, centres = feature.detach(), handles_yx
@@ -37,12 +39,7 @@ def supervision_loss(
     reference = sample_patches(source, centres, config.r1, feature_hw, border=border)
     patches = sample_patches(feature, handles_yx + step, config.r1, feature_hw, border=border)
     scale = (2 * config.r1 + 1) ** 2 if config.ms_scale == "positions" else (2 * config.r1) ** 2
-    return drag_loss(_wide(reference), _wide(patches), moving, scale)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half-precision features in float32, so that losses are summed in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return drag_loss(reference, patches, moving, scale)
 
 
 def _refuse_outside(centres_yx: Tensor, radius: int, size_hw: tuple[int, int]) -> None:

@@ -40,7 +40,7 @@ def points_for(config: DirectDragConfig, drags: Sequence[Drag], spaces: Spaces) 
 
 def image_points(config: DirectDragConfig, yx_feature: Tensor, spaces: Spaces) -> np.ndarray:
     """Feature-grid points [n,2] as (x, y) float64 in image pixels: the way back of `points_for` but for the clamp."""
-    yx = yx_feature.detach().double().cpu().numpy()
+    yx = yx_feature.detach().cpu().double().numpy()  # in this order: not every device has float64
     if not config.round_points:
         return spaces.image_from_feature(yx)
     scale = np.array(spaces.work_hw) / np.array(spaces.feature_hw)

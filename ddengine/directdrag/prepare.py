@@ -13,9 +13,8 @@ from ddengine.config import DirectDragConfig
 from ddengine.directdrag.invert import invert
 from ddengine.directdrag.readout import uses_readout
 from ddengine.directdrag.reference import Reference, follow
-from ddengine.directdrag.run import Run
+from ddengine.directdrag.run import Run, Step
 from ddengine.errors import InputError
-from ddengine.progress import Progress
 
 KV_BUDGET = 1 << 30  # bytes of keys and values kept per source; a 512 x 512 picture needs 0.9 GiB in half precision
 
@@ -39,12 +38,6 @@ class Prepared:
     config: DirectDragConfig
     passes: dict[str, dict[str, int]]
     timings: dict[str, float]
-
-    @property
-    def unedited(self) -> Tensor:
-        """The final latent [1,4,h,w] of no edit; the encoded one where the trajectory was not followed so far."""
-        latents = self.reference.latents
-        return latents[-1] if len(latents) == len(self.times) + 1 else self.encoded
 
     def check(self, config: DirectDragConfig, guided: bool) -> None:
         """InputError if an edit with `config`, with or without readout guidance, cannot start from this preparation."""
@@ -71,7 +64,7 @@ def prepare(
     passes: Passes,
     image: Tensor,
     config: DirectDragConfig,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
     *,
     kv_budget: int = KV_BUDGET,
 ) -> Prepared:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
+from ddengine.directdrag.precision import wide
 from ddengine.errors import ModelError
 
 
@@ -33,6 +34,7 @@ def readout_loss(observed: Tensor, reference: Tensor, latent_range: Tensor | flo
     weight does not depend on the size). "cosine_range2": (max e − min e)² · mean over positions of 1 − cosine over
     channels, e the latent at the start of the drag step (the published code).
     """
+    observed, reference = wide(observed), wide(reference)
     if kind == "l2":
         return F.mse_loss(observed, reference)
     return latent_range**2 * (1 - torch.cosine_similarity(observed, reference, dim=1)).mean()

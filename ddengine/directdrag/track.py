@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddengine.config import DirectDragConfig
+from ddengine.directdrag.precision import wide
 from ddengine.kernels.sample_patches import sample_patches, track
 
 
@@ -23,6 +24,7 @@ def track_handles(
     (DirectDrag, point tracking). feature and reference_feature are native maps [1,C,h,w].
     """
     with torch.no_grad():
+        feature, reference_feature = wide(feature), wide(reference_feature)
         template = sample_patches(reference_feature, first_handles_yx, 0, feature_hw)[:, :, 0, 0]
         return track(feature, template, handles_yx, config.r2, feature_hw, border=config.track_pad)
 

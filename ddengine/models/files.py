@@ -28,7 +28,7 @@ def find_weights(folder: Path, stem: str, *, prefer_fp16: bool = False) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES) if folder.is_dir() else []
+    pickles = sorted(p.name for p in folder.glob("*") if is_pickle(p)) if folder.is_dir() else []
     if pickles:
         raise ModelError(f"{folder / pickles[0]}: these weights are a pickle, expected {names[0]}; {CONVERT}")
     if (folder / f"{stem}.safetensors.index.json").is_file():
@@ -36,9 +36,14 @@ def find_weights(folder: Path, stem: str, *, prefer_fp16: bool = False) -> Path:
     raise ModelError(f"{folder / f'{stem}.safetensors'}: not found; point to a complete folder in diffusers' layout")
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file's ending says pickle, in any case of letters."""
+    return path.suffix.lower() in PICKLES
+
+
 def refuse_pickle(path: Path, remedy: str = CONVERT) -> None:
     """`ModelError` for a file whose ending says pickle."""
-    if path.suffix.lower() in PICKLES:
+    if is_pickle(path):
         raise ModelError(f"{path}: a pickle, expected a .safetensors file; {remedy}")
 
 
@@ -51,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+        raise ModelError(f"{path}: holds a {type(value).__name__}, expected a JSON object; fetch the file again")
     return value
 
 
@@ -64,7 +69,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             return tensors, dict(file.metadata() or {})
     except FileNotFoundError:
-        raise ModelError(f"{path}: not found") from None
+        raise ModelError(f"{path}: not found; check the path") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({error}); fetch or convert the file again") from error
 
@@ -72,8 +77,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_weights(
     module_class: Any, config: dict[str, Any], path: Path, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """Build a diffusers module from its config and give it a file's weights: strict keys and shapes, frozen,
-    eval.
+    """Build a diffusers module from its config and give it a file's weights: strict keys and shapes, frozen, eval.
 
     The module is laid out on torch's "meta" device first: nothing is allocated or randomly initialised twice.
     """
@@ -105,7 +109,8 @@ def check_names(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str,
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ModelError(f"{path}: the weights do not fit the model: {'; '.join(problems[:4])}{more}")
+        remedy = "take the weights and the config from one model"
+        raise ModelError(f"{path}: the weights do not fit the model: {', '.join(problems[:4])}{more}; {remedy}")
 
 
 def _current_name(name: str) -> str:

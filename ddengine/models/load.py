@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddengine.drags import VAE_REDUCTION
 from ddengine.errors import ModelError
 from ddengine.models.cache import combined_digest, file_digest
 from ddengine.models.embedded import embedded_folder
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model"
 READOUT = "readout.safetensors"
-VAE_FACTOR = 8  # image pixels per latent cell, what `family.check_vae` demands
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,10 @@ def _working_size(folder: Path, unet_config: dict[str, Any]) -> int:
         origin, size = folder / "model.json", read_json(folder / "model.json").get("size")
     else:
         origin, cells = folder / "unet" / "config.json", unet_config.get("sample_size") or 64
-        size = cells * VAE_FACTOR if isinstance(cells, int) else cells
-    if not isinstance(size, int) or isinstance(size, bool) or not 64 <= size <= 4096 or size % VAE_FACTOR:
-        raise ModelError(f"{origin}: the working size is {size!r}, expected a multiple of {VAE_FACTOR} from 64 to 4096")
+        size = cells * VAE_REDUCTION if isinstance(cells, int) else cells
+    if not isinstance(size, int) or isinstance(size, bool) or not 64 <= size <= 4096 or size % VAE_REDUCTION:
+        raise ModelError(
+            f"{origin}: the working size is {size!r}, expected a multiple of {VAE_REDUCTION} from 64 to 4096; "
+            f"write one there"
+        )
     return size

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddengine.errors import ModelError
-from ddengine.models.files import PICKLES, read_json, read_tensors
+from ddengine.models.files import is_pickle, read_json, read_tensors, refuse_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,9 @@ _PARTS = {
 }
 _PREFIX = re.compile(r"(base_model\.model\.|unet\.)*")  # some writers double it: unet.unet.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down\.weight|up\.weight|alpha)\Z")
-_REMEDY = "ddengine fuses LoRA factors of the UNet's linear and convolution layers (peft, diffusers, kohya key layouts)"
+_REMEDY = (
+    "use a LoRA of this UNet alone: factors of its linear and convolution layers, in peft's, diffusers' or kohya's keys"
+)
 
 
 @dataclass
@@ -50,21 +52,18 @@ def find_lora(path: str | Path) -> Path:
         known = [path / name for name in names if (path / name).is_file()]
         files = known or sorted(path.glob("*.safetensors"))
         if len(files) > 1:
-            raise ModelError(f"{path}: holds {len(files)} LoRA files, name one: {', '.join(f.name for f in files[:4])}")
+            raise ModelError(f"{path}: holds {len(files)} LoRA files; name one: {', '.join(f.name for f in files[:4])}")
         if files:
             return files[0]
-        pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+        pickles = sorted(p for p in path.iterdir() if is_pickle(p))
         if not pickles:
-            raise ModelError(f"{path}: no .safetensors LoRA file in this folder")
+            raise ModelError(f"{path}: no .safetensors LoRA file in this folder; give the file itself")
         path = pickles[0]
-    if path.suffix in PICKLES:
-        raise ModelError(
-            f"{path}: a pickle, expected a .safetensors LoRA; if you trust it, convert it once: "
-            f"`safetensors.torch.save_file(torch.load('{path.name}', weights_only=True), "
-            f"'{path.stem}.safetensors')`"
-        )
+    loaded = f"torch.load('{path.name}', weights_only=True)"
+    convert = f"`safetensors.torch.save_file({loaded}, '{path.stem}.safetensors')`"
+    refuse_pickle(path, f"if you trust where it came from, convert it once: {convert}")
     if not path.is_file():
-        raise ModelError(f"LoRA {str(path)!r}: no such file or folder")
+        raise ModelError(f"LoRA {str(path)!r}: no such file or folder; check the path")
     return path
 
 
@@ -110,9 +109,9 @@ def _pairs(file: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]
         more = f" and {len(unmatched) - 4} more" if len(unmatched) > 4 else ""
         of_text = any(key.startswith(("text_encoder", "lora_te")) for key in unmatched)
         text = "; LoRA on the text encoder is not supported" if of_text else ""
-        raise ModelError(f"{file}: no layer of this UNet for {', '.join(unmatched[:4])}{more}{text}. {_REMEDY}")
+        raise ModelError(f"{file}: no layer of this UNet for {', '.join(unmatched[:4])}{more}{text}; {_REMEDY}")
     if not pairs:
-        raise ModelError(f"{file}: holds no tensors. {_REMEDY}")
+        raise ModelError(f"{file}: holds no tensors; {_REMEDY}")
     return pairs
 
 
@@ -138,13 +137,15 @@ def _alphas(file: Path, metadata: dict[str, str]) -> dict[str, float]:
         try:
             config = json.loads(metadata["lora_adapter_metadata"])
         except ValueError as error:
-            raise ModelError(f"{file}: its lora_adapter_metadata is not JSON ({error})") from error
+            raise ModelError(
+                f"{file}: its lora_adapter_metadata is not JSON ({error}); fetch the file again"
+            ) from error
     elif file.name == "adapter_model.safetensors" and (file.parent / "adapter_config.json").is_file():
         config = read_json(file.parent / "adapter_config.json")
     config = {key.removeprefix("unet."): value for key, value in config.items()}
     for unsupported in ("use_dora", "use_rslora"):
         if config.get(unsupported):
-            raise ModelError(f"{file}: {unsupported} is on; only plain LoRA can be fused. {_REMEDY}")
+            raise ModelError(f"{file}: {unsupported} is on; only plain LoRA can be fused; {_REMEDY}")
     alphas = {str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}
     if config.get("lora_alpha") is not None:
         alphas[""] = float(config["lora_alpha"])
@@ -156,7 +157,8 @@ def _delta(file: Path, name: str, module: nn.Module, factors: _Factors, alphas: 
     import torch
 
     if factors.down is None or factors.up is None:
-        raise ModelError(f"{file}: {name} has only its {'up' if factors.down is None else 'down'} factor")
+        half = "up" if factors.down is None else "down"
+        raise ModelError(f"{file}: {name} has only its {half} factor; fetch the whole file again")
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     down, up = factors.down.to(torch.float32), factors.up.to(torch.float32)
@@ -182,5 +184,5 @@ def _delta(file: Path, name: str, module: nn.Module, factors: _Factors, alphas: 
         alpha = own[0] if own else alphas.get("", float(rank))
     delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * (alpha / rank)
     if not torch.isfinite(delta).all():
-        raise ModelError(f"{file}: the LoRA factors of {name} are not finite")
+        raise ModelError(f"{file}: the LoRA factors of {name} are not finite; use another LoRA or another save of it")
     return delta

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddengine.artifacts import atomic_write
 from ddengine.errors import InputError, ModelError
-from ddengine.models.files import PICKLES, check_names, read_tensors
+from ddengine.models.files import check_names, read_tensors, refuse_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,16 +44,14 @@ def load_readout(path: str | Path, dims: Sequence[int], time_dim: int) -> Readou
     Errors: `ModelError` for a pickle, a missing or unknown tensor, another shape, a head for another UNet.
     """
     path = Path(path).expanduser()
-    if path.suffix in PICKLES:
-        raise ModelError(
-            f"{path}: a pickle, expected a .safetensors readout head; convert it once: `ddengine "
-            f"convert-readout {path.name} {path.stem}.safetensors`"
-        )
+    refuse_pickle(path, f"convert it once: `ddengine convert-readout {path.name} {path.stem}.safetensors`")
     tensors, metadata = read_tensors(path)
     try:
         config = json.loads(metadata.get("config", "{}"))
     except ValueError as error:
-        raise ModelError(f"{path}: its config metadata is not JSON ({error})") from error
+        raise ModelError(
+            f"{path}: its config metadata is not JSON ({error}); fetch or convert the file again"
+        ) from error
     state, shape = _understand(path, tensors, config)
     check_fit(path, shape, dims, time_dim)
     return _build(path, state, shape)
@@ -91,9 +89,9 @@ def convert_readout(in_pt: str | Path, out_safetensors: str | Path) -> ReadoutSh
 
     path = Path(in_pt).expanduser()
     if Path(out_safetensors).suffix != ".safetensors":
-        raise InputError(f"output {str(out_safetensors)!r}: expected a name that ends in .safetensors")
+        raise InputError(f"output {str(out_safetensors)!r}: a wrong suffix; name a file that ends in .safetensors")
     if not path.is_file():
-        raise ModelError(f"{path}: not found")
+        raise ModelError(f"{path}: not found; check the path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler, the zip reader and the file system each raise their own
@@ -106,10 +104,12 @@ def convert_readout(in_pt: str | Path, out_safetensors: str | Path) -> ReadoutSh
     config = checkpoint.get("config", {}) if isinstance(checkpoint, dict) else None
     if not isinstance(tensors, dict) or not isinstance(config, dict):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ModelError(f"{path}: expected the dicts 'aggregation_network' and 'config', found {found}")
+        raise ModelError(
+            f"{path}: expected the dicts 'aggregation_network' and 'config', found {found}; take the published file"
+        )
     wrong = [str(name) for name, value in tensors.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if wrong:
-        raise ModelError(f"{path}: {wrong[:4]} in 'aggregation_network' are not tensors")
+        raise ModelError(f"{path}: {wrong[:4]} in 'aggregation_network' are not tensors; take the published file")
     state, shape = _understand(path, tensors, config)
     _build(path, state, shape)
     _write(out_safetensors, state, shape, config)
@@ -121,7 +121,9 @@ def _understand(
 ) -> tuple[dict[str, Tensor], ReadoutShape]:
     """State dict under the plain published names, and the shape it implies; the config may only agree."""
     if any(name.startswith("output_head.") for name in tensors):
-        raise ModelError(f"{path}: a spatial readout head (it has output_head.*), expected an appearance head")
+        raise ModelError(
+            f"{path}: a spatial readout head (it has output_head.*), expected an appearance head; use one of those"
+        )
     options = config.get("aggregation_kwargs")
     options = options if isinstance(options, dict) else {}
     sequential = bool(options.get("bottleneck_sequential"))
@@ -131,14 +133,18 @@ def _understand(
         sequential = sequential or bool(match and match[2])
         plain = f"bottleneck_layers.{match[1]}.{match[3]}" if match else name
         if plain in state:
-            raise ModelError(f"{path}: holds {plain} twice, with and without the sequential level")
+            raise ModelError(
+                f"{path}: holds {plain} twice, with and without the sequential level; take the published file"
+            )
         state[plain] = value
     if sequential:
         state = {name: value for name, value in state.items() if ".emb_layers." not in name}
 
     def size(name: str, axis: int) -> int:
         if name not in state or state[name].dim() <= axis:
-            raise ModelError(f"{path}: {name} is missing or has too few dimensions; this is no readout head")
+            raise ModelError(
+                f"{path}: {name} is missing or has too few dimensions, so this is no readout head; give another file"
+            )
         return state[name].shape[axis]
 
     count = 1 + max((int(match[1]) for name in state if (match := _LAYER.match(name))), default=0)
@@ -152,20 +158,24 @@ def _understand(
     )
     if size("mixing_weights", 0) != count:
         raise ModelError(
-            f"{path}: mixing_weights has {size('mixing_weights', 0)} entries for {count} layers; a head over "
-            f"several timesteps is not supported"
+            f"{path}: mixing_weights has {size('mixing_weights', 0)} entries for {count} layers: a head over "
+            f"several timesteps is not supported; use one over a single timestep"
         )
     said = {"dims": list(shape.dims), "projection_dim": shape.projection}
     for name, found in said.items():
         if name in config and config[name] != found:
-            raise ModelError(f"{path}: its config says {name} = {config[name]}, its tensors say {found}")
+            raise ModelError(
+                f"{path}: its config says {name} = {config[name]}, its tensors say {found}; fetch the file again"
+            )
     return state, shape
 
 
 def _groups(path: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> int:
     groups = config.get("groups", options.get("num_norm_groups", 32))  # not seen in the tensors' shapes
     if not isinstance(groups, int) or groups < 1:
-        raise ModelError(f"{path}: its config says groups = {groups!r}, expected a positive integer")
+        raise ModelError(
+            f"{path}: its config says groups = {groups!r}, expected a positive integer; fetch the file again"
+        )
     return groups
 
 
@@ -183,12 +193,12 @@ def _build(path: Path, state: dict[str, Tensor], shape: ReadoutShape) -> Readout
             groups=shape.groups,
         )
     except ValueError as error:  # widths that the norm groups do not divide
-        raise ModelError(f"{path}: no readout head can have {shape} ({error})") from error
+        raise ModelError(f"{path}: no readout head can have {shape} ({error}); fetch the file again") from error
     wanted = {name: tuple(value.shape) for name, value in head.state_dict().items()}
     check_names(path, wanted, {name: tuple(value.shape) for name, value in state.items()})
     broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if broken:
-        raise ModelError(f"{path}: {broken[0]} holds values that are not finite")
+        raise ModelError(f"{path}: {broken[0]} holds values that are not finite; fetch the file again")
     head.load_state_dict({name: value.to(torch.float32) for name, value in state.items()})
     return head.requires_grad_(False).eval()
 

@@ -89,15 +89,17 @@ class TextEncoder:
                 output_loading_info=True,
             )
         except Exception as error:  # whatever the library says about a broken folder
-            raise ModelError(f"{self.folder / 'text_encoder'}: cannot be loaded ({error})") from error
+            raise ModelError(
+                f"{self.folder / 'text_encoder'}: cannot be loaded ({error}); fetch the folder again"
+            ) from error
         finally:
             if bars:
                 hf_logging.enable_progress_bar()
         encoder, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:
+            wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[:4]
             raise ModelError(
-                f"{self.weights}: the weights do not fit the text encoder: "
-                f"{sorted(map(str, [*report['missing_keys'], *report['mismatched_keys']]))[:4]}"
+                f"{self.weights}: the weights do not fit the text encoder: {wrong}; fetch the folder again"
             )
         return tokenizer, encoder.float().requires_grad_(False).eval()
 
@@ -108,10 +110,14 @@ def read_embedding(path: Path, width: int) -> Tensor:
 
     tensors, _ = read_tensors(path)
     if set(tensors) != {EMPTY_EMBEDDING}:
-        raise ModelError(f"{path}: holds {sorted(tensors)[:4]}, expected the one tensor {EMPTY_EMBEDDING!r}")
+        raise ModelError(
+            f"{path}: holds {sorted(tensors)[:4]}, expected the one tensor {EMPTY_EMBEDDING!r}; write the file again"
+        )
     value = tensors[EMPTY_EMBEDDING].to(torch.float32, copy=True)
     if value.dim() != 3 or value.shape[0] != 1 or value.shape[1] < 1 or value.shape[2] != width:
-        raise ModelError(f"{path}: {EMPTY_EMBEDDING} is {list(value.shape)}, expected [1, n, {width}]")
+        raise ModelError(
+            f"{path}: {EMPTY_EMBEDDING} is {list(value.shape)}, expected [1, n, {width}]; use this model's own file"
+        )
     if not torch.isfinite(value).all():
         raise ModelError(f"{path}: {EMPTY_EMBEDDING} holds values that are not finite; write the file again")
     return value

@@ -39,7 +39,7 @@ def unet_forward(
     unet: Any,
     latent: Tensor,
     timestep: int | Tensor,
-    context: Tensor,
+    context: Tensor | Sequence[KeyValue],
     *,
     feature_block: int = 2,
     taps: bool = False,
@@ -50,14 +50,16 @@ def unet_forward(
     """Walk a `UNet2DConditionModel` and return its noise prediction with the inner tensors the method reads.
 
     latent: [B,4,h,w] of any h, w (the up blocks resize to their skips). timestep: an int or a 0- or 1-element tensor.
-    context: text embedding [1,n,D], the same for the whole batch. feature_block: the up block whose output is the
-    drag feature. noise=False stops after that block unless taps or kv need the rest. reference_kv: keys and values
-    of another row, which then replace this row's own in the self-attentions of the last two up blocks (mutual
-    self-attention, MasaCtrl). Equals diffusers' own forward up to rounding. No hooks and nothing patched.
+    context: text embedding [1,n,D], the same for the whole batch, or what `cross_key_values` made of it. feature_block:
+    the up block whose output is the drag feature. noise=False stops after that block unless taps or kv need the rest.
+    reference_kv: keys and values of another row, which then replace this row's own in the self-attentions of the last
+    two up blocks (mutual self-attention, MasaCtrl). Equals diffusers' own forward up to rounding. No hooks and nothing
+    patched.
     """
     embedding = _time_embedding(unet, latent, timestep)
     activated = F.silu(embedding)
-    walk = _Walk(activated, context, taps, kv, None if reference_kv is None else list(reference_kv))
+    cross = cross_key_values(unet, context) if isinstance(context, Tensor) else context
+    walk = _Walk(activated, list(cross), taps, kv, None if reference_kv is None else list(reference_kv))
 
     x = unet.conv_in(latent)
     skips = [x]
@@ -104,9 +106,9 @@ class _Walk:
     """What stays the same along one walk, and what it collects."""
 
     def __init__(
-        self, embedding: Tensor, context: Tensor, taps: bool, kv: bool, reference_kv: list[KeyValue] | None
+        self, embedding: Tensor, cross: list[KeyValue], taps: bool, kv: bool, reference_kv: list[KeyValue] | None
     ) -> None:
-        self.embedding, self.context = embedding, context
+        self.embedding, self.cross = embedding, cross
         self.want_taps, self.want_kv, self.reference_kv = taps, kv, reference_kv
         self.taps: list[Tensor] = []
         self.kv: list[KeyValue] = []
@@ -130,7 +132,7 @@ class _Walk:
             hidden = block.proj_in(hidden)
         for layer in block.transformer_blocks:
             hidden = hidden + self.self_attention(layer.attn1, layer.norm1(hidden), mutual)
-            hidden = hidden + attention(layer.attn2, layer.norm2(hidden), *key_value(layer.attn2, self.context))
+            hidden = hidden + attention(layer.attn2, layer.norm2(hidden), *self.cross.pop(0))
             hidden = hidden + layer.ff(layer.norm3(hidden))
         if block.use_linear_projection:
             hidden = block.proj_out(hidden)
@@ -147,6 +149,13 @@ class _Walk:
         if mutual and self.want_kv:
             self.kv.append((key, value))
         return attention(block, x, key, value)
+
+
+def cross_key_values(unet: Any, context: Tensor) -> tuple[KeyValue, ...]:
+    """Keys and values of every cross-attention in order of execution: constants of a conditioning [1,n,D]."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    transformers = (transformer for block in blocks for transformer in getattr(block, "attentions", None) or ())
+    return tuple(key_value(layer.attn2, context) for module in transformers for layer in module.transformer_blocks)
 
 
 def key_value(block: Any, source: Tensor) -> KeyValue:

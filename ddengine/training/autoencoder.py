@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +20,15 @@ CROP = 64  # training crops: four times the steps of whole 128 px scenes for the
 
 def build() -> AutoencoderKL:
     """A new autoencoder of the SD 1.5 block types (four levels, one resnet each, no attention in the middle)."""
-    return start_linear(
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 96, 128),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=128,
-            mid_block_add_attention=False,
-        )
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 96, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=128,
+        mid_block_add_attention=False,
     )
 
 
@@ -41,7 +40,7 @@ def reconstruction_loss(decoded: Tensor, picture: Tensor) -> Tensor:
 
 
 def loss(
-    module: nn.Module, numbers: np.random.Generator, noise: torch.Generator, *, pictures: int, size: int, device: str
+    module: Any, numbers: np.random.Generator, noise: torch.Generator, *, pictures: int, size: int, device: str
 ) -> tuple[Tensor, dict[str, float]]:
     """Reconstruction of a sampled latent plus a slight pull towards the unit normal (weight 1e-4 on its mean)."""
     x = data.random_crops(data.scenes(numbers, pictures, size), CROP, numbers).to(device)
@@ -55,12 +54,14 @@ def loss(
     return fidelity + 1e-4 * kl, {"l1": fidelity.item(), "kl": kl.item(), "psnr": -10 * float(np.log10(mse))}
 
 
-def train(folder: Path, plan: Plan, *, device: str = "cpu", size: int = 128, pictures: int = 8) -> AutoencoderKL:
+def train(
+    folder: Path, plan: Plan, *, device: str = "cpu", size: int = 128, pictures: int = 8, progress: bool = False
+) -> AutoencoderKL:
     """Train in `folder`; a 4-row grid of held-out scenes and their reconstructions is drawn at every checkpoint."""
     torch.manual_seed(plan.seed)
     held_out = data.scenes(np.random.default_rng(10**6), 12, size)
 
-    def sample(module: nn.Module, step: int) -> None:
+    def sample(module: Any, step: int) -> None:
         with torch.no_grad():
             x = held_out.to(device)
             y = module.decode(module.encode(x).latent_dist.mean).sample.cpu()
@@ -71,7 +72,8 @@ def train(folder: Path, plan: Plan, *, device: str = "cpu", size: int = 128, pic
     ) -> tuple[Tensor, dict[str, float]]:
         return loss(module, numbers, noise, pictures=pictures, size=size, device=device)
 
-    trained = fit(build(), batch_loss, plan, folder, device=device, bfloat16=True, sample=sample)
+    module = start_linear(build())
+    trained = fit(module, batch_loss, plan, folder, device=device, bfloat16=True, sample=sample, progress=progress)
     assert isinstance(trained, AutoencoderKL)
     trained.register_to_config(scaling_factor=_scaling_factor(trained, size, device))
     return trained

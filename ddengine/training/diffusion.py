@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddengine.schedule import Schedule, ddim_step
 from ddengine.training import data
-from ddengine.training.loop import Plan, fit, rank
+from ddengine.training.loop import Plan, fit
 
 TOKENS, CONTEXT_WIDTH = 8, 64
 
@@ -63,6 +63,7 @@ def train(
     device: str = "cpu",
     batch: int = 16,
     decode: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
 ) -> UNet2DConditionModel:
     """Train on noise prediction; `decode` (latents to pictures) lets every checkpoint draw fresh samples."""
     torch.manual_seed(plan.seed)
@@ -85,10 +86,9 @@ def train(
             pictures = decode(draw(module, 12, tuple(latents.shape[1:]), schedule, context))
             data.save_grid([pictures[:6], pictures[6:]], folder / f"samples-{step:06d}.png")
 
-    trained = fit(build(), loss, plan, folder, device=device, bfloat16=device != "cpu", sample=sample)
+    bfloat16 = device != "cpu"
+    trained = fit(build(), loss, plan, folder, device=device, bfloat16=bfloat16, sample=sample, progress=progress)
     assert isinstance(trained, UNet2DConditionModel)
-    if rank() == 0:
-        sample(trained, plan.steps)
     return trained
 
 

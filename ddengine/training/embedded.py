@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from ddengine.artifacts import atomic_write
+from ddengine.artifacts import atomic_write, check_writable, make_folder
 from ddengine.models.load import Model
+from ddengine.models.place import resolve_device
 from ddengine.models.readout_io import save_readout
 from ddengine.models.text import embedding_bytes
 from ddengine.schedule import Schedule
 from ddengine.training import autoencoder, data, diffusion, readout
-from ddengine.training.loop import Plan, rank, run_workers
+from ddengine.training.loop import Plan, rank, read_state, run_workers
 
 SIZE = 128
 SCHEDULER = {
@@ -32,55 +34,81 @@ SCHEDULER = {
 
 @dataclass(frozen=True)
 class Budget:
-    """Minutes for each part and the numbers of pictures; the shares suit two CPU cores, a GPU ends by steps first."""
+    """Minutes and steps of each part (what ends first) and numbers of pictures; the minutes suit two CPU cores."""
 
     autoencoder_minutes: float = 60
     unet_minutes: float = 110
     readout_minutes: float = 10
+    autoencoder_steps: int = 60000
+    unet_steps: int = 200000
+    readout_steps: int = 3000
     latents: int = 16000
     triplets: int = 768
 
+    def plans(self, seed: int) -> dict[str, Plan]:
+        """How each part is trained, by the name of its folder."""
+        return {
+            "autoencoder": Plan(self.autoencoder_steps, 1e-3, minutes=self.autoencoder_minutes, warmup=400, seed=seed),
+            "unet": Plan(
+                self.unet_steps,
+                5e-4,
+                minutes=self.unet_minutes,
+                warmup=300,
+                seed=seed,
+                ema=0.9985,
+                checkpoint_every=1000,
+            ),
+            "readout": readout.head_plan(self.readout_minutes, seed, self.readout_steps),
+        }
+
 
 def train(
-    folder: Path, *, device: str = "auto", seed: int = 0, budget: Budget | None = None, processes: int = 1
+    folder: Path,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    budget: Budget | None = None,
+    processes: int = 1,
+    progress: bool = False,
 ) -> Path:
     """Train everything in `folder` (resuming what is there) and return the model folder `folder/model`.
 
     `folder` also receives loss curves, sample grids and `record.json` (how the weights were made). Each process uses
-    one core; a GPU takes one process.
+    one core; a GPU takes one process. Raises InputError for an unknown device, a folder that cannot be written to, or
+    one with a run of another seed or plan.
     """
     budget = budget or Budget()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    run_workers(_train_worker, processes, folder, device, seed, budget)
+    device = str(resolve_device(device))
+    check_writable(make_folder(folder) / "record.json")
+    for name, plan in budget.plans(seed).items():
+        read_state(folder / name, plan)  # refuse here: an error in a worker reaches the caller as a traceback
+    run_workers(_train_worker, processes, folder, device, seed, budget, progress)
     return folder / "model"
 
 
-def _train_worker(folder: Path, device: str, seed: int, budget: Budget) -> None:
-    ae_plan = Plan(60000, 1e-3, minutes=budget.autoencoder_minutes, warmup=400, seed=seed)
-    ae = autoencoder.train(folder / "autoencoder", ae_plan, device=device, size=SIZE)
+def _train_worker(folder: Path, device: str, seed: int, budget: Budget, progress: bool) -> None:
+    plans = budget.plans(seed)
+    ae = autoencoder.train(folder / "autoencoder", plans["autoencoder"], device=device, size=SIZE, progress=progress)
     latents = _latents(folder / "latents.pt", ae, budget.latents, seed, device)
-    unet_plan = Plan(
-        200000, 5e-4, minutes=budget.unet_minutes, warmup=300, seed=seed, ema=0.9985, checkpoint_every=1000
+    unet = diffusion.train(
+        folder / "unet", latents, plans["unet"], device=device, decode=lambda z: _decode(ae, z), progress=progress
     )
-    unet = diffusion.train(folder / "unet", latents, unet_plan, device=device, decode=lambda z: _decode(ae, z))
     context = diffusion.empty_context().to(device)
     model = Model("embedded", unet, ae, Schedule.from_config(SCHEDULER), context, None, None, SIZE, "", ())
     members = readout.triplets(model, budget.triplets, seed + 7)
-    head_plan = Plan(3000, 5e-4, minutes=budget.readout_minutes, warmup=50, seed=seed, weight_decay=0.0)
-    head = readout.train(folder / "readout", model, members, head_plan)
+    head = readout.train(folder / "readout", model, members, plans["readout"], progress=progress)
     if rank() == 0:
         export(folder / "model", ae, unet, head)
-        atomic_write(folder / "record.json", json.dumps(_record(folder, ae, device), indent=1).encode())
+        atomic_write(folder / "record.json", json.dumps(_record(folder, ae, device, seed, budget), indent=1).encode())
 
 
 def _latents(file: Path, ae: AutoencoderKL, count: int, seed: int, device: str) -> Tensor:
     """Latents of this worker's own scenes, kept beside the run so that a resumed one does not encode again."""
     file = file.with_stem(f"{file.stem}-{rank()}")
     if not file.exists():
-        torch.save(diffusion.encode_scenes(ae, count, SIZE, seed + 1000 + rank(), device=device), file)
-    return torch.load(file, weights_only=True)
+        latents = diffusion.encode_scenes(ae, count, SIZE, seed + 1000 + rank(), device=device)
+        atomic_write(file, lambda open_file: torch.save(latents, open_file))
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @torch.no_grad()
@@ -101,16 +129,23 @@ def export(folder: Path, ae: AutoencoderKL, unet: UNet2DConditionModel, head: An
         module.float()
 
 
-def _record(folder: Path, ae: AutoencoderKL, device: str) -> dict[str, Any]:
-    """How the weights were made: hardware, reconstruction quality, and each part's plan, last losses and seconds."""
+def _record(folder: Path, ae: AutoencoderKL, device: str, seed: int, budget: Budget) -> dict[str, Any]:
+    """How the weights were made: command, hardware, quality, and each part's plan, last losses and seconds."""
     held_out = data.scenes(np.random.default_rng(10**6), 64, SIZE).to(device)
     parts = {
         name: json.loads((folder / name / "curve.json").read_text()) for name in ("autoencoder", "unet", "readout")
     }
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    minutes = (budget.autoencoder_minutes, budget.unet_minutes, budget.readout_minutes)
+    command = ["ddengine", "train-embedded", "-o", str(folder), "--device", device, "--seed", str(seed)]
+    command += ["--minutes", *(f"{m:g}" for m in minutes), "--processes", str(processes)]
     return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}",
+        "command": shlex.join(command),
+        "seconds": sum(part["curve"][-1]["seconds"] for part in parts.values()),
+        "hardware": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {platform.machine()}",
         "torch": torch.__version__,
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "processes": processes,
+        "budget": asdict(budget),
         "reconstruction_psnr_db": round(autoencoder.psnr(ae, held_out), 2),
         **{name: {"plan": part["plan"], **part["curve"][-1]} for name, part in parts.items()},
     }

@@ -8,6 +8,8 @@ normalisation SiLU(x) - SiLU(-x) = x undoes the non-linearity exactly. All resid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -64,6 +66,7 @@ def _kernel(value: float, window: slice) -> Tensor:
 
 
 def _enter(conv: nn.Conv2d, groups: int) -> None:
+    assert conv.bias is not None
     for q in range(COLOURS):
         plus, minus, *_ = rows = _slots(conv.out_channels, groups, q)
         conv.weight[rows] = 0
@@ -73,6 +76,7 @@ def _enter(conv: nn.Conv2d, groups: int) -> None:
 
 
 def _carry(conv: nn.Conv2d, groups: int, kernel: Tensor) -> None:
+    assert conv.bias is not None
     for q in range(COLOURS):
         sources, rows = _slots(conv.in_channels, groups, q), _slots(conv.out_channels, groups, q)
         conv.weight[rows] = 0
@@ -81,7 +85,7 @@ def _carry(conv: nn.Conv2d, groups: int, kernel: Tensor) -> None:
             conv.weight[row, source] = kernel
 
 
-def _pass_resnet(resnet: nn.Module, groups: int) -> None:
+def _pass_resnet(resnet: Any, groups: int) -> None:
     resnet.conv2.weight.zero_()
     resnet.conv2.bias.zero_()
     if resnet.conv_shortcut is not None:
@@ -90,6 +94,7 @@ def _pass_resnet(resnet: nn.Module, groups: int) -> None:
 
 def _leave(norm: nn.GroupNorm, conv: nn.Conv2d) -> None:
     # Two of a group's channels are +-k and the rest are small: the deviation is about k sqrt(2 / channels).
+    assert conv.bias is not None
     deviation = CONSTANT * (2 / (norm.num_channels // norm.num_groups)) ** 0.5
     for q in range(COLOURS):
         plus, minus, *_ = _slots(norm.num_channels, norm.num_groups, q)

@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
+
+from ddengine.artifacts import atomic_write, make_folder
+from ddengine.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def run_workers(function: Callable[..., None], processes: int, *args: Any) -> No
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (processes, port, function, args), nprocs=processes)
+    spawn(_worker, (processes, port, function, args), nprocs=processes)
 
 
 def _worker(rank: int, processes: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -80,29 +83,44 @@ def fit(
     device: str = "cpu",
     bfloat16: bool = False,
     sample: Callable[[nn.Module, int], None] | None = None,
+    progress: bool = False,
 ) -> nn.Module:
-    """Train `module` and return its averaged copy (float32, eval, frozen).
+    """Train `module` for at least one step and return its averaged copy (float32, eval, frozen).
 
     `folder` receives `state.pt` (to resume), `curve.json` (step, seconds, loss) and what `sample(module, step)` makes.
-    Gradients are averaged over all workers; each worker draws its own batches from its own seed.
+    Gradients are averaged over all workers; each worker draws its own batches from its own seed. `progress`: show a
+    bar on stderr. Raises InputError if `folder` holds a run of another plan or cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     module = module.to(device).train()
     average = copy.deepcopy(module).requires_grad_(False)  # no trained part here has buffers: weights are all there is
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters, plan.learning_rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
     )
-    first, spent, curve = _resume(folder, module, average, optimiser)
+    first, spent, curve = _resume(folder, plan, device, module, average, optimiser)
     started = time.monotonic() - spent
-    bar = tqdm(total=plan.steps, initial=first, desc=folder.name, disable=rank() != 0)
+    bar = tqdm(total=plan.steps, initial=first, desc=folder.name, disable=not progress or rank() != 0)
     step = first
+
+    def note(parts: dict[str, float]) -> None:
+        if not curve or curve[-1]["step"] < step:
+            curve.append({"step": step, "seconds": round(time.monotonic() - started), **parts})
+            bar.set_postfix({k: f"{v:.4f}" for k, v in parts.items()})
+
+    def keep(parts: dict[str, float]) -> None:
+        note(parts)
+        if rank() == 0:
+            _save(folder, module, average, optimiser, step, time.monotonic() - started, curve, plan)
+            if sample is not None:
+                sample(average, step)
+
     while step < plan.steps:
         share = max(step / plan.steps, _agreed((time.monotonic() - started) / (60 * plan.minutes)))
-        if share >= 1:
+        if share >= 1 and step > 0:
             break
         for group in optimiser.param_groups:
-            group["lr"] = plan.learning_rate * min(1.0, (step + 1) / plan.warmup) * _cosine(share)
+            group["lr"] = plan.learning_rate * min(1.0, (step + 1) / plan.warmup) * _cosine(min(share, 1.0))
         # A worker's batches follow from (seed, step, worker) alone, so a resumed run sees what an unbroken one would.
         numbers = np.random.default_rng((plan.seed, step, rank()))
         noise = torch.Generator().manual_seed(int(numbers.integers(2**62)))
@@ -120,15 +138,12 @@ def fit(
         step += 1
         bar.update()
         if step % 50 == 0:
-            curve.append({"step": step, "seconds": round(time.monotonic() - started), **parts})
-            bar.set_postfix({k: f"{v:.4f}" for k, v in parts.items()})
-        if rank() == 0 and (step % plan.checkpoint_every == 0 or step == plan.steps):
-            _save(folder, module, average, optimiser, step, time.monotonic() - started, curve, plan)
-            if sample is not None:
-                sample(average, step)
+            note(parts)
+        if step % plan.checkpoint_every == 0:
+            keep(parts)
     bar.close()
-    if rank() == 0:
-        _save(folder, module, average, optimiser, step, time.monotonic() - started, curve, plan)
+    if step > first and step % plan.checkpoint_every:
+        keep(parts)
     return average.eval()
 
 
@@ -172,24 +187,44 @@ def _save(
         "optimiser": optimiser.state_dict(),
         "step": step,
         "seconds": seconds,
+        "plan": _plain(plan),
     }
-    part = folder / "state.pt.part"
-    torch.save(state, part)
-    part.replace(folder / "state.pt")
-    record = {"plan": {k: (None if v == math.inf else v) for k, v in asdict(plan).items()}, "curve": curve}
-    (folder / "curve.json").write_text(json.dumps(record))
+    # The curve first: a state always has its curve, and what a curve has beyond its state is cut off on resuming.
+    atomic_write(folder / "curve.json", json.dumps({"plan": _plain(plan), "curve": curve}).encode())
+    atomic_write(folder / "state.pt", lambda file: torch.save(state, file))
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    return {k: (None if v == math.inf else v) for k, v in asdict(plan).items()}
+
+
+def read_state(folder: Path, plan: Plan, device: str = "cpu") -> dict[str, Any] | None:
+    """What `folder` holds of an earlier run, None if nothing; InputError unless that run had the same plan."""
+    if not (folder / "state.pt").exists():
+        return None
+    state: dict[str, Any] = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+    ours = _plain(plan)
+    theirs = state.get("plan", ours)
+    other = [name for name in ours if theirs.get(name) != ours[name]]
+    if other:
+        there, here = (", ".join(f"{name} {found.get(name)}" for name in other) for found in (theirs, ours))
+        raise InputError(
+            f"{folder} holds a run with {there}, this one has {here}; repeat that run's options to resume it, or name "
+            f"another folder with -o"
+        )
+    return state
 
 
 def _resume(
-    folder: Path, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+    folder: Path, plan: Plan, device: str, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
 ) -> tuple[int, float, list[Any]]:
-    file = folder / "state.pt"
-    if not file.exists():
+    state = read_state(folder, plan, device)
+    if state is None:
         return 0, 0.0, []
-    state = torch.load(file, weights_only=True)
     module.load_state_dict(state["module"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
     curve = json.loads((folder / "curve.json").read_text())["curve"]
+    curve = [point for point in curve if point["step"] <= state["step"]]
     logger.info("resuming %s at step %d", folder, state["step"])
     return state["step"], state["seconds"], curve

@@ -9,6 +9,8 @@ The preserved scene is compared away from the moved part, where the two pictures
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from ddengine.backends.eager import EagerPasses
 from ddengine.models.load import Model
 from ddengine.models.readout import ReadoutHead
-from ddengine.models.readout_io import tap_dims
+from ddengine.models.readout_io import save_readout, tap_dims
 from ddengine.scenes.scene import true_drag
 from ddengine.training import data, diffusion
 from ddengine.training.loop import Plan, fit
@@ -58,6 +60,23 @@ def triplets(model: Model, count: int, seed: int) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in members.items()}
 
 
+def head_plan(minutes: float, seed: int, steps: int = 3000) -> Plan:
+    """The plan by which the embedded model's head is trained."""
+    return Plan(steps, 5e-4, minutes=minutes, warmup=50, seed=seed, weight_decay=0.0)
+
+
+def make(
+    model: Model, file: Path, *, minutes: float, count: int, seed: int, progress: bool = False
+) -> dict[str, float]:
+    """Train a head for `model` (float32) on `count` triplets, write it to `file` and return its last losses."""
+    members = triplets(model, count, seed + 7)
+    with tempfile.TemporaryDirectory() as folder:
+        head = train(Path(folder), model, members, head_plan(minutes, seed), progress=progress)
+        last: dict[str, float] = json.loads((Path(folder) / "curve.json").read_text())["curve"][-1]
+    save_readout(head, file, last)
+    return last
+
+
 def distance(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean over positions of 1 - cosine over channels, one number a sample [B]; `weight` [B, 1, h, w] selects."""
     apart = 1 - F.cosine_similarity(a, b, dim=1)[:, None]
@@ -74,6 +93,7 @@ def train(
     *,
     projection: int = 64,
     batch: int = 4,
+    progress: bool = False,
 ) -> ReadoutHead:
     """Train a head for a model's (frozen) UNet; all members of a triplet share time and noise, as in an edit."""
     torch.manual_seed(plan.seed)
@@ -97,6 +117,6 @@ def train(
         hinge = (MARGIN - (far - near)).clamp_min(0).mean()
         return hinge, {"hinge": hinge.item(), "near": near.mean().item(), "far": far.mean().item()}
 
-    trained = fit(head, loss, plan, folder, device=str(model.device))
+    trained = fit(head, loss, plan, folder, device=str(model.device), progress=progress)
     assert isinstance(trained, ReadoutHead)
     return trained

@@ -104,6 +104,25 @@ def test_the_other_passes_keep_no_graph(passes: EagerPasses) -> None:
     assert not any(value.requires_grad for value in found)
 
 
+def test_keys_and_values_of_the_conditioning_are_made_once(model: Model) -> None:
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+    passes, latent = EagerPasses(model), torch.randn(1, 4, 8, 8)
+    assert len(calls) == len(set(calls)) == len(hooks) > 0
+    calls.clear()
+    out = passes.reference(latent, 1)
+    passes.predict(latent, 1)
+    passes.denoise(latent, 1, out.kv)
+    passes.supervise(latent, 1)
+    for hook in hooks:
+        hook.remove()
+    assert not calls
+
+
 @pytest.mark.parametrize("size", [(88, 72), (83, 70)])
 def test_sizes_are_floored_to_whole_latent_cells(passes: EagerPasses, size: tuple[int, int]) -> None:
     latent = passes.encode(torch.zeros(2, 3, *size))

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from ddengine.backends.eager import EagerPasses
 from ddengine.config import DirectDragConfig
+from ddengine.directdrag.decode import decode
 from ddengine.directdrag.edit import Edited, edit
+from ddengine.directdrag.motion import supervision_loss
 from ddengine.directdrag.prepare import Prepared, prepare
-from ddengine.errors import Cancelled, InputError, ModelError
-from ddengine.progress import Progress
+from ddengine.directdrag.readout import readout_loss
+from ddengine.directdrag.run import Step
+from ddengine.directdrag.track import track_handles
+from ddengine.errors import Cancelled, DDEngineError, InputError, ModelError
 
 SHORT = {
     "n_inference_step": 8, "drag_end_step": 2, "track_per_step": 2, "max_drag_per_track": 2, "r2": 3, "reach": 0.5,
@@ -45,9 +49,10 @@ def test_what_an_edit_gives(tiny_passes: EagerPasses, prepared: Prepared) -> Non
     assert edited.latent.shape == prepared.inverted.shape and edited.latent.isfinite().all()
     assert edited.mask.shape == (32, 48) and edited.mask.max() == 1 and edited.readout
     assert [(record.step, record.t) for record in edited.history] == [(0, 626)] * 4 + [(1, 501)] * 4
+    lam, weight = config().lam, config().readout_weight
     for record in edited.history:
         assert record.updated and record.drag_loss > 0 and record.readout_loss > 0
-        weighted = record.drag_loss + 0.1 * record.background_loss + 350 * record.readout_loss
+        weighted = record.drag_loss + lam * record.background_loss + weight * record.readout_loss
         assert record.total_loss == pytest.approx(weighted, rel=1e-5)
     assert set(edited.timings) == {"warp", "drag", "denoise"} and min(edited.timings.values()) >= 0
 
@@ -69,11 +74,16 @@ def test_keys_and_values_made_again_give_the_same_edit(tiny_passes: EagerPasses,
     assert frugal.reference.kv is None and frugal.passes["reference"]["forward"] == 2
     assert prepared.reference.kv is not None
     again = edit(tiny_passes, frugal, HANDLES, TARGETS, config())
-    assert same(edit(tiny_passes, prepared, HANDLES, TARGETS, config()), again)
+    kept = edit(tiny_passes, prepared, HANDLES, TARGETS, config())
+    assert same(kept, again) and torch.equal(kept.unedited, again.unedited)
     assert again.passes["denoise"]["forward"] == 8  # four steps, two rows
     # Also when dragging ends early and the recorded steps must be walked again.
     arrived = [edit(tiny_passes, source, HANDLES, HANDLES + 0.1, config()) for source in (prepared, frugal)]
     assert same(*arrived) and not arrived[0].history
+    # What `preserve` compares with is the same picture without mutual attention too, and is not made without need.
+    plain = edit(tiny_passes, frugal, HANDLES, TARGETS, config(mutual_attention=False))
+    assert torch.equal(plain.unedited, prepared.reference.latents[-1])
+    assert edit(tiny_passes, frugal, HANDLES, TARGETS, config(preserve=False)).unedited is None
 
 
 def test_reaching_the_target_ends_the_drag(tiny_passes: EagerPasses, prepared: Prepared) -> None:
@@ -82,7 +92,7 @@ def test_reaching_the_target_ends_the_drag(tiny_passes: EagerPasses, prepared: P
     assert edited.history == ()
     # One forward finds it; its noise is the first step's, and the four steps in between the second and last are mutual.
     assert edited.passes == {"drag": {"forward": 1, "backward": 0}, "denoise": {"forward": 5, "backward": 0}}
-    assert torch.allclose(edited.latent, prepared.unedited, atol=1e-4)
+    assert torch.allclose(edited.latent, edited.unedited, atol=1e-4)
 
 
 @pytest.mark.parametrize("early_stop", ["inner_ge", "outer_eq"])
@@ -153,7 +163,7 @@ def test_many_points_at_the_border(tiny_passes: EagerPasses, prepared: Prepared)
 
 
 def test_progress_is_told_at_every_step(tiny_passes: EagerPasses) -> None:
-    told: list[Progress] = []
+    told: list[Step] = []
     source = prepare(tiny_passes, picture(), config(), told.append)
     assert [(at.stage, at.step, at.total) for at in told] == (
         [("encode", 1, 1)] + [("invert", k, 6) for k in range(1, 7)] + [("reference", k, 6) for k in range(1, 7)]
@@ -164,8 +174,8 @@ def test_progress_is_told_at_every_step(tiny_passes: EagerPasses) -> None:
     assert stages == ["warp"] + (["drag"] * 4 + ["denoise"]) * 2 + ["denoise"] * 4
     assert [at.step for at in told if at.stage == "drag"] == list(range(1, 9)) and told[1].total == 8
     for at in told[1:]:
-        assert at.points.shape == (2, 2) and at.preview.shape == source.inverted.shape
-        assert not at.preview.requires_grad
+        assert at.points_yx.shape == (2, 2) and at.latent.shape == source.inverted.shape
+        assert not at.latent.requires_grad
 
 
 @pytest.mark.parametrize("stage", ["encode", "invert", "reference", "warp", "drag", "denoise"])
@@ -174,7 +184,7 @@ def test_cancelling_stops_within_a_step_and_harms_nothing(
 ) -> None:
     seen: list[str] = []
 
-    def stop(at: Progress) -> None:
+    def stop(at: Step) -> None:
         seen.append(at.stage)
         if at.stage == stage:
             raise Cancelled("enough")
@@ -203,10 +213,41 @@ def test_everything_else_may_differ_from_the_preparation(tiny_passes: EagerPasse
     assert same(*edits) and len(edits[0].history) == 4
 
 
-def test_half_precision_features_are_summed_in_float32(make_tiny_model: Callable[..., Any]) -> None:
+def test_half_precision_features_are_summed_in_float32() -> None:
+    """Features of 8 bits are read as they are: losses and tracked points are those of a float64 computation on them."""
+    settings = config(ms_reference="initial")
+    generator = torch.Generator().manual_seed(1)
+    feature, reference = (torch.randn(1, 320, 8, 12, generator=generator).bfloat16() for _ in range(2))
+    for handles in (torch.rand(2, 2, generator=generator) * 30 for _ in range(10)):
+        drag = [
+            supervision_loss(feature.to(dtype), reference.to(dtype), handles, HANDLES, TARGETS, (32, 48), settings)
+            for dtype in (torch.bfloat16, torch.float64)
+        ]
+        assert float(drag[0]) == pytest.approx(float(drag[1]), rel=1e-5)
+        points = [
+            track_handles(feature.to(dtype), reference.to(dtype), handles, HANDLES, (32, 48), settings)
+            for dtype in (torch.bfloat16, torch.float64)
+        ]
+        assert torch.equal(*points)
+    for kind in ("l2", "cosine_range2"):
+        appearance = [
+            readout_loss(feature.to(dtype), reference.to(dtype), 3.0, kind) for dtype in (torch.bfloat16, torch.float64)
+        ]
+        assert float(appearance[0]) == pytest.approx(float(appearance[1]), rel=1e-5)
+
+
+def test_a_half_precision_model_edits_in_float32_latents(make_tiny_model: Callable[..., Any]) -> None:
     model = make_tiny_model()
     for module in (model.unet, model.readout):
         module.to(torch.bfloat16)
     passes = EagerPasses(model)
     edited = edit(passes, prepare(passes, picture(), config()), HANDLES, TARGETS, config())
     assert edited.latent.dtype == torch.float32 and edited.latent.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_makes_no_picture(tiny_passes: EagerPasses, value: float) -> None:
+    latent = torch.zeros(1, 4, 8, 12)
+    latent[0, 0, 3, 4] = value
+    with pytest.raises(DDEngineError, match=r"not finite.*dtype='float32'"):
+        decode(tiny_passes, latent, (64, 96))

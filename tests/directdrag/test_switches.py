@@ -47,7 +47,7 @@ def masks(name: str, size: tuple[int, int] = (40, 40), sigma: float = 4, **chang
 
 
 def resize() -> None:
-    """Kept to the engine's choice of size; here: the two rules give other working sizes for a small picture."""
+    """The two rules give other working sizes for a small picture; the engine's tests edit with both."""
     ours, theirs = both("resize")
     sizes = {"fit": fit(300, 201, 512), "shrink": fit(300, 201, 512, upscale=False, snap=1)}
     assert sizes[ours.resize].work_size == (512, 344) and sizes[theirs.resize].work_size == (300, 201)

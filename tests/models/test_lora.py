@@ -230,13 +230,13 @@ def test_files_and_folders(tmp_path: Path) -> None:
         find_lora(tmp_path)
     with pytest.raises(ModelError, match="no such file or folder"):
         find_lora(tmp_path / "nothing")
-    (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"\x80")
-    with pytest.raises(ModelError, match=r"\.bin: a pickle.*save_file"):
+    (tmp_path / "pytorch_lora_weights.BIN").write_bytes(b"\x80")
+    with pytest.raises(ModelError, match=r"\.BIN: a pickle.*save_file"):
         find_lora(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"")
     assert find_lora(tmp_path) == tmp_path / "mine.safetensors"
     (tmp_path / "other.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"2 LoRA files, name one: mine\.safetensors, other\.safetensors"):
+    with pytest.raises(ModelError, match=r"2 LoRA files; name one: mine\.safetensors, other\.safetensors"):
         find_lora(tmp_path)
 
 

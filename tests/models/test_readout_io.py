@@ -174,6 +174,8 @@ def test_paths(golden: Path, tmp_path: Path) -> None:
         convert_readout(tmp_path / "text.pt", tmp_path / "out.safetensors")
     with pytest.raises(ModelError, match=r"convert-readout tiny-readout-appearance\.pt"):
         load_readout(source, DIMS, 64)
+    with pytest.raises(ModelError, match=r"HEAD\.PT: a pickle.*convert-readout"):
+        load_readout(tmp_path / "HEAD.PT", DIMS, 64)
 
 
 def test_a_head_for_another_unet_is_refused_naming_both(golden: Path, tmp_path: Path) -> None:

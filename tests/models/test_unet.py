@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ddengine.models.unet import unet_forward
+from ddengine.models.unet import attention, cross_key_values, unet_forward
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
@@ -114,6 +114,32 @@ def test_own_keys_and_values_change_nothing() -> None:
     assert not torch.allclose(other.noise, unet_forward(unet, latent + 1, 5, context).noise)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_conditioning_may_be_made_keys_and_values_beforehand(layers: int) -> None:
+    unet, latent, context = tiny_unet(transformer_layers_per_block=layers), random(2, 4, 8, 8), random(1, 5, 12)
+    pairs = cross_key_values(unet.double(), context)
+    assert torch.equal(unet_forward(unet, latent, 5, pairs).noise, unet_forward(unet, latent, 5, context).noise)
+    early = unet_forward(unet, latent, 5, pairs, noise=False, feature_block=1).feature
+    assert torch.equal(early, unet_forward(unet, latent, 5, context, feature_block=1).feature)
+
+
+@pytest.mark.parametrize("layer", ["layer0_cross0", "layer20_cross0", "layer21_cross1"])
+def test_golden_attention(golden: Path, layer: str) -> None:
+    """Plain, mutual (both rows read the first row's keys and values) and cross-attention, heads to channels."""
+    stored = {key: torch.from_numpy(value) for key, value in np.load(golden / "units" / "mutual_attention.npz").items()}
+
+    class Block:
+        heads = 4
+        to_q = to_out = staticmethod(lambda x: x)
+
+    Block.to_out = [Block.to_q]
+    names = ("q", "k_cross", "v_cross") if layer.endswith("1") else ("q", "k", "v")
+    query, key, value = (stored[name].transpose(1, 2).flatten(2) for name in names)
+    if layer == "layer20_cross0":
+        key, value = key[:1], value[:1]
+    assert (attention(Block, query, key, value) - stored[layer]).abs().max() < 3e-6
+
+
 def test_the_walk_is_one_graph() -> None:
     """Compiled in full, without a graph break, and exportable: what later backends need."""
     unet, latent, context = tiny_unet(), random(1, 4, 8, 8).float(), random(1, 5, 12).float()
@@ -132,6 +158,9 @@ def test_the_walk_is_one_graph() -> None:
     expected = walk(latent, time, context)[0]
     compiled = torch.compile(walk, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(latent, time, context)[0], expected, atol=1e-6)
+    pairs = cross_key_values(unet, context)
+    constant = torch.compile(lambda x, t, given: unet_forward(unet, x, t, given).noise, fullgraph=True, backend="eager")
+    assert torch.allclose(constant(latent, time, pairs), expected, atol=1e-6)
     kv = walk(latent + 1, time, context)[3]
     mutual = torch.compile(
         lambda x, pairs: unet_forward(unet, x, time, context, reference_kv=pairs).noise, fullgraph=True, backend="eager"

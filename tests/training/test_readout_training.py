@@ -6,6 +6,7 @@ import torch
 
 from ddengine.backends.eager import EagerPasses
 from ddengine.models.load import load_model
+from ddengine.models.readout_io import tap_dims
 from ddengine.training import diffusion, readout
 from ddengine.training.loop import Plan
 
@@ -20,10 +21,18 @@ def test_training_widens_the_gap_between_distorted_and_preserved(tmp_path):
     apart = (members["anchor"] - members["preserved"]).abs() * members["same"]
     assert apart.mean() < 0.3 * (members["anchor"] - members["distorted"]).abs().mean()
 
-    head = readout.train(tmp_path, model, members, Plan(40, 2e-3, warmup=5, ema=0.9))
+    head = readout.train(tmp_path, model, members, Plan(40, 1e-2, warmup=5, ema=0.8), batch=2)
     torch.manual_seed(0)
     untrained = type(head)(head.dims, head.time_dim, projection=64, groups=16)
-    assert gap(head, model, members) > gap(untrained, model, members) + 0.05
+    assert gap(head, model, members) > 3 * abs(gap(untrained, model, members))
+
+
+def test_a_head_is_made_for_any_model_and_loads_with_it(sd15, tmp_path):
+    model = load_model(sd15, device="cpu", dtype="float32")
+    last = readout.make(model, tmp_path / "head.safetensors", minutes=1e-6, count=2, seed=0)
+    assert last["step"] == 1 and last["hinge"] > 0
+    head = load_model(sd15, device="cpu", readout=tmp_path / "head.safetensors").readout
+    assert (head.dims, head.time_dim) == tap_dims(model.unet)
 
 
 @torch.no_grad()
