@@ -15,10 +15,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test dev lint clean distclean
 
+# One thread: on the small models' tensors here and in the tests, more of them only wait for each other.
+demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/.installed
 	$(BIN)/ddengine demo -o $(DEMO)
 
-# One thread: on the tests' tiny tensors, more of them only wait for each other.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-test
 	$(BIN)/pytest $(PYTEST_ARGS)

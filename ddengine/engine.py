@@ -167,7 +167,7 @@ class Engine:
         seconds = time.perf_counter() - started
         tell(Step("decode", 1, 1, edited.handles_yx, edited.latent))
         full_mask = _resized_mask(edited.mask, source.image.size)
-        points = [tuple(map(float, xy)) for xy in image_points(config, edited.handles_yx, spaces)]
+        points = [(float(x), float(y)) for x, y in image_points(config, edited.handles_yx, spaces)]
         reason = f"{self.backend.name} ({self.backend.reason})"
         return EditResult(
             image=image,

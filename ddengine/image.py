@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -108,7 +108,7 @@ def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def resize(image: Tensor, size: tuple[int, int], filter: Literal["antialias", "bilinear"] = "antialias") -> Tensor:
+def resize(image: Tensor, size: tuple[int, int], filter: str = "antialias") -> Tensor:
     """Resize an image tensor [B, C, H, W] to `size` (width, height), pixel centres and the range of values kept.
 
     "antialias": bicubic with a filter as wide as the reduction. "bilinear": four neighbours and no antialiasing, which
@@ -128,7 +128,7 @@ def resize(image: Tensor, size: tuple[int, int], filter: Literal["antialias", "b
     return resized.clamp(image.amin(), image.amax())
 
 
-def to_pixels(image: Tensor, rounding: Literal["nearest", "truncate"] = "nearest") -> NDArray[np.uint8]:
+def to_pixels(image: Tensor, rounding: str = "nearest") -> NDArray[np.uint8]:
     """Image tensor [1, 3, H, W] in [-1, 1] -> uint8 array [H, W, 3], clipped; (x / 2 + 1/2) * 255.
 
     "nearest" gives back exactly what `to_tensor` took; "truncate" cuts the fraction off, as the published

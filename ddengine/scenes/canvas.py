@@ -68,7 +68,7 @@ def regular(centre: Point, radius: float, corners: int, turn: float, inner: floa
 def backdrop(size: int, top: Colour, bottom: Colour, texture: float, seed: int) -> Image.Image:
     """A vertical gradient from `top` to `bottom` with soft noise of amplitude `texture` (levels of 255)."""
     ramp = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
-    ground = np.float32(top) * (1 - ramp) + np.float32(bottom) * ramp
+    ground = np.asarray(top, np.float32) * (1 - ramp) + np.asarray(bottom, np.float32) * ramp
     picture = np.broadcast_to(ground, (size, size, 3)).copy()
     if texture > 0:
         noise = np.random.default_rng(seed).normal(0, texture, (10, 10, 3)).astype(np.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ddengine.scenes.canvas import Canvas, Colour, Point, curve, regular
 
@@ -43,6 +43,11 @@ def add(point: Point, dx: float, dy: float) -> Point:
     return (point[0] + dx, point[1] + dy)
 
 
+def shifted(subject: Any, name: str, dx: float, dy: float) -> Any:
+    """The record `subject` with its point `name` displaced."""
+    return replace(subject, **{name: add(getattr(subject, name), dx, dy)})
+
+
 @dataclass(frozen=True)
 class Face:
     """A head with ears, eyes with pupils, nose and mouth."""
@@ -75,8 +80,8 @@ class Face:
 
     def moved(self, name: str, dx: float, dy: float) -> Face:
         if name == "head":
-            return replace(self, centre=add(self.centre, dx, dy))
-        return replace(self, **{name: add(getattr(self, name), dx, dy)})
+            return shifted(self, "centre", dx, dy)
+        return shifted(self, name, dx, dy)
 
     def _eye(self, side: int) -> Point:
         return add(self.centre, side * 0.4 * self.radius, -0.15 * self.radius)
@@ -109,10 +114,10 @@ class Face:
                 canvas.stroke([c, root, tip], 0.34 * r, self.ear)
                 canvas.stroke([root, tip], 0.14 * r, shade(self.ear, 1.6))
         canvas.ellipse(c, (r, r * 0.95), self.skin)
-        for side in (-1, 1):
-            eye = self._eye(side)
+        for sign in (-1, 1):
+            eye = self._eye(sign)
             canvas.ellipse(eye, (r * self.eye, r * self.eye), (250, 250, 246))
-            canvas.ellipse(add(eye, *self.gaze), (r * self.eye * 0.55,) * 2, self.iris)
+            canvas.ellipse(add(eye, *self.gaze), (r * self.eye * 0.55, r * self.eye * 0.55), self.iris)
         nose = add(c, self.nose[0], self.nose[1] + 0.16 * r)
         canvas.polygon(regular(nose, 0.13 * r, 3, math.pi / 2), shade(self.skin, 0.6))
         m, w = self._mouth(), 0.32 * r
@@ -133,7 +138,7 @@ class Disc:
         return (Part("disc", self.centre, self.radius),)
 
     def moved(self, name: str, dx: float, dy: float) -> Disc:
-        return replace(self, centre=add(self.centre, dx, dy))
+        return shifted(self, "centre", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         c, r = self.centre, self.radius
@@ -158,7 +163,7 @@ class Solid:
         return (Part("shape", self.centre, self.radius),)
 
     def moved(self, name: str, dx: float, dy: float) -> Solid:
-        return replace(self, centre=add(self.centre, dx, dy))
+        return shifted(self, "centre", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         canvas.polygon(regular(self.centre, self.radius, self.corners, self.turn, self.inner), self.colour)
@@ -176,7 +181,7 @@ class Cloud:
         return (Part("cloud", self.centre, self.width * 0.5),)
 
     def moved(self, name: str, dx: float, dy: float) -> Cloud:
-        return replace(self, centre=add(self.centre, dx, dy))
+        return shifted(self, "centre", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         c, w = self.centre, self.width
@@ -198,7 +203,7 @@ class Boat:
         return (Part("boat", add(self.centre, 0.0, 0.02), self.width * 0.6),)
 
     def moved(self, name: str, dx: float, dy: float) -> Boat:
-        return replace(self, centre=add(self.centre, dx, dy))
+        return shifted(self, "centre", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         c, w = self.centre, self.width
@@ -239,8 +244,8 @@ class House:
 
     def moved(self, name: str, dx: float, dy: float) -> House:
         if name == "house":
-            return replace(self, base=add(self.base, dx, dy))
-        return replace(self, **{name: add(getattr(self, name), dx, dy)})
+            return shifted(self, "base", dx, dy)
+        return shifted(self, name, dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         b, w = self.base, self.width
@@ -272,7 +277,7 @@ class Hill:
         return (Part("peak", add(self.peak, 0, 0.03), self.spread * 0.3),)
 
     def moved(self, name: str, dx: float, dy: float) -> Hill:
-        return replace(self, peak=add(self.peak, dx, dy))
+        return shifted(self, "peak", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         (x, y), s = self.peak, self.spread
@@ -295,7 +300,7 @@ class Tree:
         return (Part("crown", self.crown, self.radius),)
 
     def moved(self, name: str, dx: float, dy: float) -> Tree:
-        return replace(self, crown=add(self.crown, dx, dy))
+        return shifted(self, "crown", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         canvas.stroke([self.root, self.crown], 0.28 * self.radius, (96, 66, 44))
@@ -306,7 +311,7 @@ class Tree:
             canvas.ellipse(self.crown, (self.radius, self.radius), self.leaf)
             canvas.ellipse(
                 add(self.crown, -0.25 * self.radius, -0.3 * self.radius),
-                (0.4 * self.radius,) * 2,
+                (0.4 * self.radius, 0.4 * self.radius),
                 shade(self.leaf, 1.25),
             )
 
@@ -325,7 +330,7 @@ class Flower:
         return (Part("bloom", self.bloom, self.radius),)
 
     def moved(self, name: str, dx: float, dy: float) -> Flower:
-        return replace(self, bloom=add(self.bloom, dx, dy))
+        return shifted(self, "bloom", dx, dy)
 
     def draw(self, canvas: Canvas) -> None:
         bend = (self.root[0], (self.root[1] + self.bloom[1]) / 2)
@@ -333,8 +338,8 @@ class Flower:
         for k in range(self.petals):
             a = 2 * math.pi * k / self.petals
             at = add(self.bloom, 0.6 * self.radius * math.cos(a), 0.6 * self.radius * math.sin(a))
-            canvas.ellipse(at, (0.42 * self.radius,) * 2, self.petal)
-        canvas.ellipse(self.bloom, (0.42 * self.radius,) * 2, (240, 196, 60))
+            canvas.ellipse(at, (0.42 * self.radius, 0.42 * self.radius), self.petal)
+        canvas.ellipse(self.bloom, (0.42 * self.radius, 0.42 * self.radius), (240, 196, 60))
 
 
 @dataclass(frozen=True)
@@ -358,8 +363,8 @@ class Animal:
 
     def moved(self, name: str, dx: float, dy: float) -> Animal:
         if name == "animal":
-            return replace(self, body=add(self.body, dx, dy))
-        return replace(self, **{name: add(getattr(self, name), dx, dy)})
+            return shifted(self, "body", dx, dy)
+        return shifted(self, name, dx, dy)
 
     def _head(self) -> Point:
         return add(self.body, self.facing * 0.62 * self.length + self.head[0], -0.36 * self.length + self.head[1])
