@@ -183,12 +183,8 @@ def demo(output: Path, backend: str, device: str, dtype: str, progress: bool) ->
 
     Needs no network, no GPU and no weights but those in the package.
     """
-    import torch
-
     from ddengine.demo import run
 
-    # On tensors this small a second thread gains nothing, and on busy cores threads that wait for each other cost 10x.
-    torch.set_num_threads(1)
     shown = run(output, progress=progress, backend=backend, device=device, dtype=dtype)
     lines = [f"{item.name}: {item.side_by_side} ({item.seconds:.1f} s)" for item in shown]
     return {"examples": shown}, "\n".join([*lines, f"look at the pictures in {output.resolve()}"])

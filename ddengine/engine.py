@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from ddengine.backends.passes import Passes
 
+SMALL_MODEL = 256  # working pixels along the long side up to which one CPU thread serves a model best
 STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode")
 
 
@@ -98,7 +99,7 @@ class Engine:
         settings = checked_settings(config)
         picture = read_image(image)
         plan = plan_of(settings, only_prepare=True)
-        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model.device):
+        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model):
             return self._prepare(picture, prompt, settings, report)
 
     def edit(
@@ -131,7 +132,7 @@ class Engine:
         if source is not None:
             self._check(source, prompt)
         plan = plan_of(settings, prepared=source is not None)
-        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model.device, seed):
+        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
             ready = source or self._prepare(picture, prompt, settings, report)
             result = self._edit(ready, arrows, area, settings, report)
         if source is None:
@@ -261,16 +262,25 @@ def _engine(model: str, backend: str, device: str, dtype: str) -> Engine:
 
 
 @contextmanager
-def _own_torch_state(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """Gradients possible, random numbers seeded, cuDNN repeatable, whatever the caller has set and will find again."""
+def _own_torch_state(model: Model, seed: int = 0) -> Iterator[None]:
+    """Gradients possible, random numbers seeded, cuDNN repeatable, whatever the caller has set and will find again.
+
+    A small model on the CPU runs on one thread: a second one gains a fifth on idle cores, and on busy ones threads that
+    wait for each other cost ten times as much.
+    """
+    device = model.device
     cuda, cudnn = device.type == "cuda", torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
+    threads = torch.get_num_threads()
+    alone = device.type == "cpu" and model.size <= SMALL_MODEL
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=[device] if cuda else []),
     ):
         torch.default_generator.manual_seed(seed)
+        if alone:
+            torch.set_num_threads(1)
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
@@ -279,6 +289,8 @@ def _own_torch_state(device: torch.device, seed: int = 0) -> Iterator[None]:
             yield
         finally:
             cudnn.deterministic, cudnn.benchmark = before
+            if alone:
+                torch.set_num_threads(threads)
 
 
 def _teller(report: Reporter, passes: Passes, config: DirectDragConfig, spaces: Spaces) -> Callable[[Step], None]:

@@ -340,3 +340,16 @@ def test_equal_seeds_give_equal_bytes_on_a_gpu():
     first, second = (engine.edit(PICTURE, [ARROW], config=QUICK).image.tobytes() for _ in range(2))
     assert first == second
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_a_small_model_runs_on_one_thread_and_gives_the_others_back(engine):
+    import torch
+
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        engine.edit(PICTURE, [ARROW], config=QUICK, progress=lambda at: seen.add(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
