@@ -319,7 +319,7 @@ def _picture(
     after = decode(passes, edited.latent, size_hw)
     if edited.unedited is None:
         picture = Image.fromarray(to_pixels(after, config.output_rounding))
-        return picture if config.resize == "shrink" else picture.resize(source.image.size, Image.Resampling.BICUBIC)
+        return picture.resize(source.image.size, Image.Resampling.BICUBIC)
     weight = change_weight(after, decode(passes, edited.unedited, size_hw), user_mask)
     return Image.fromarray(composite(np.asarray(source.image), after, weight, area))
 

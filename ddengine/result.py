@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class EditResult:
     """An edited picture and how it came about.
 
-    image: RGB, the size of the (upright) input, or the working size where the configuration says so (`authors`).
+    image: RGB, the size of the (upright) input.
     handles: final tracked points, (x, y) in input pixels, in the order of the drags.
     mask: float32 [H, W] in 0..1 at the input's size, 1 where the picture was free to change.
     timings: seconds by stage (load, encode, invert, reference, warp, drag, denoise, decode, total); a stage that was
