@@ -7,13 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddengine.backends.passes import Size
 from ddengine.errors import ModelError
 from ddengine.models.load import Model
-from ddengine.models.unet import UNetOutput, cross_key_values, unet_forward
+from ddengine.models.network import Network, Observation
+from ddengine.models.unet import KeyValue
 
 
 class EagerPasses:
     """`Passes` over a loaded model's own modules; holds one conditioning, shares the weights."""
+
+    rounding = 0.0
 
     def __init__(self, model: Model, context: Tensor | None = None) -> None:
         """`context`: a prompt embedding [1, n, D] (`prompt_context`); None is the model's empty prompt."""
@@ -24,10 +28,8 @@ class EagerPasses:
         self.device, self.dtype = parameter.device, parameter.dtype
         self._vae_dtype = next(model.vae.parameters()).dtype
         self._scale = float(model.vae.config.scaling_factor)
-        # One conditioning for the life of the passes: the keys and values it gives are made once.
         context = self._check_context(model.empty_context if context is None else context)
-        with torch.no_grad():
-            self._context_kv = cross_key_values(model.unet, context)
+        self.network = Network(model.unet, model.readout, context, len(model.schedule.alphas_cumprod))
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -38,27 +40,29 @@ class EagerPasses:
     @torch.no_grad()
     def predict(self, latent: Tensor, timestep: int | Tensor) -> Tensor:
         """Noise prediction alone, in the latent's dtype."""
-        return _noise(self._walk(latent, timestep))
+        return self._call(latent, timestep).noise
 
     @torch.no_grad()
-    def reference(self, latent: Tensor, timestep: int | Tensor) -> UNetOutput:
-        """Noise, drag feature, resnet taps and self-attention K/V."""
-        return self._walk(latent, timestep, taps=True, kv=True)
-
-    @torch.enable_grad()
-    def supervise(self, latent: Tensor, timestep: int | Tensor) -> UNetOutput:
-        """Noise, drag feature and resnet taps with gradients to the latent."""
-        return self._walk(latent, timestep, taps=True)
-
-    @torch.no_grad()
-    def denoise(
+    def reference(
         self,
         latent: Tensor,
         timestep: int | Tensor,
-        reference_kv: Sequence[tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """Noise prediction in the latent's dtype, with mutual self-attention to `reference_kv` if given."""
-        return _noise(self._walk(latent, timestep, reference_kv=reference_kv))
+        *,
+        readout_hw: Size | None = None,
+        readout_times: Sequence[int] | None = None,
+    ) -> Observation:
+        """Noise, drag feature, appearance maps and self-attention K/V."""
+        return self._call(latent, timestep, kv=True, readout_hw=readout_hw, readout_times=readout_times)
+
+    @torch.enable_grad()
+    def supervise(self, latent: Tensor, timestep: int | Tensor, *, readout_hw: Size | None = None) -> Observation:
+        """Noise, drag feature and appearance map with gradients to the latent."""
+        return self._call(latent, timestep, readout_hw=readout_hw)
+
+    @torch.no_grad()
+    def denoise(self, latent: Tensor, timestep: int | Tensor, reference_kv: Sequence[KeyValue]) -> Tensor:
+        """Noise prediction in the latent's dtype, with mutual self-attention to `reference_kv`."""
+        return self._call(latent, timestep, reference_kv=reference_kv).noise
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -66,29 +70,30 @@ class EagerPasses:
         scaled = latent.to(self.device) / self._scale
         return _at_least_float32(self.model.vae.decode(scaled.to(self._vae_dtype)).sample)
 
-    def readout(self, taps: Sequence[Tensor], time_embedding: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Appearance map [B, P, h, w] of the readout head; gradients flow to the taps."""
-        if self.model.readout is None:
-            raise ModelError(
-                f"model {self.model.name!r} has no readout head; load one with readout=FILE.safetensors, or "
-                f"set readout_guidance=False"
-            )
-        return self.model.readout(taps, time_embedding, size_hw)
-
-    def _walk(
+    def _call(
         self,
         latent: Tensor,
         timestep: int | Tensor,
         *,
-        taps: bool = False,
         kv: bool = False,
-        reference_kv: Sequence[tuple[Tensor, Tensor]] | None = None,
-    ) -> UNetOutput:
-        computed = latent.to(self.device, self.dtype)
-        out = unet_forward(
-            self.model.unet, computed, timestep, self._context_kv, taps=taps, kv=kv, reference_kv=reference_kv
+        reference_kv: Sequence[KeyValue] | None = None,
+        readout_hw: Size | None = None,
+        readout_times: Sequence[int] | None = None,
+    ) -> Observation:
+        if readout_hw is not None and not self.has_readout:
+            raise ModelError(
+                f"model {self.model.name!r} has no readout head; load one with readout=FILE.safetensors, or "
+                f"set readout_guidance=False"
+            )
+        out = self.network(
+            latent.to(self.device, self.dtype),
+            timestep,
+            kv=kv,
+            reference_kv=reference_kv,
+            readout_hw=readout_hw,
+            readout_times=readout_times,
         )
-        return out._replace(noise=None if out.noise is None else out.noise.to(latent.dtype))
+        return out._replace(noise=out.noise.to(latent.dtype))
 
     def _check_context(self, context: Tensor) -> Tensor:
         width = self.model.empty_context.shape[-1]
@@ -107,11 +112,6 @@ def prompt_context(model: Model, prompt: str) -> Tensor:
             f"prompt empty, or use a model folder with text_encoder/ and tokenizer/"
         )
     return model.text.encode(prompt).to(model.empty_context)
-
-
-def _noise(out: UNetOutput) -> Tensor:
-    assert out.noise is not None
-    return out.noise
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

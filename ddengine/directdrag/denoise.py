@@ -9,7 +9,8 @@ from torch import Tensor
 from ddengine.backends.passes import Passes
 from ddengine.directdrag.reference import Reference
 from ddengine.directdrag.run import Run
-from ddengine.models.unet import KeyValue, UNetOutput
+from ddengine.models.network import Observation
+from ddengine.models.unet import KeyValue
 from ddengine.schedule import ddim_step
 
 
@@ -35,12 +36,12 @@ class ReferenceRow:
             self._walk(step, times[step])
         return self._latents[-1]
 
-    def _walk(self, step: int, t: int) -> UNetOutput:
+    def _walk(self, step: int, t: int) -> Observation:
         latent = self._latents[step]
         out = self._passes.reference(latent, t)
         self._run.count("denoise", forward=1)
         if step + 1 == len(self._latents):
-            self._latents.append(ddim_step(self._passes.schedule, out.epsilon, t, latent, self._spacing))
+            self._latents.append(ddim_step(self._passes.schedule, out.noise, t, latent, self._spacing))
         return out
 
 

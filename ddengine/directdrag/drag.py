@@ -15,7 +15,7 @@ from ddengine.directdrag.motion import supervision_loss
 from ddengine.directdrag.readout import readout_grid, readout_loss, skipped_updates
 from ddengine.directdrag.run import Run
 from ddengine.directdrag.track import arrived, track_handles
-from ddengine.models.unet import UNetOutput
+from ddengine.models.network import Observation
 from ddengine.schedule import ddim_step, predicted_image
 
 
@@ -76,7 +76,7 @@ class Dragged:
 
 
 def losses(
-    passes: Passes, out: UNetOutput, latent: Tensor, handles_yx: Tensor, goal: Goal, config: DirectDragConfig
+    passes: Passes, out: Observation, latent: Tensor, handles_yx: Tensor, goal: Goal, config: DirectDragConfig
 ) -> Losses:
     """The loss of AIDD, differentiable with respect to the latent that `out` was computed from.
 
@@ -87,11 +87,10 @@ def losses(
     )
     background = readout = drag.new_zeros(())
     if goal.background is not None:
-        after = ddim_step(passes.schedule, out.epsilon, goal.t, latent, goal.spacing)
+        after = ddim_step(passes.schedule, out.noise, goal.t, latent, goal.spacing)
         background = (goal.background * (after - goal.reference_latent).abs()).sum()
     if goal.appearance is not None:
-        observed = passes.readout(out.taps, out.time_embedding, readout_grid(config, latent))
-        readout = readout_loss(observed, goal.appearance, goal.latent_range, config.rg_loss)
+        readout = readout_loss(out.appearance[0], goal.appearance, goal.latent_range, config.rg_loss)
     return Losses(drag, background, readout, drag + config.lam * background + config.readout_weight * readout)
 
 
@@ -117,12 +116,13 @@ def drag_step(
     iterations: list[Iteration] = []
     updates, finished, out = 0, False, None
 
-    def call(value: Tensor) -> tuple[Tensor, UNetOutput]:
+    def call(value: Tensor) -> tuple[Tensor, Observation]:
         leaf = value.detach().requires_grad_()
         run.count("drag", forward=1)
-        return leaf, passes.supervise(leaf, goal.t)
+        readout_hw = None if goal.appearance is None else readout_grid(config, latent)
+        return leaf, passes.supervise(leaf, goal.t, readout_hw=readout_hw)
 
-    def tracked(seen: UNetOutput, points: Tensor) -> Tensor:
+    def tracked(seen: Observation, points: Tensor) -> Tensor:
         return track_handles(
             seen.feature.detach(), goal.reference_feature, points, goal.first_handles_yx, goal.feature_hw, config
         )
@@ -150,7 +150,7 @@ def drag_step(
             step * per_step + len(iterations),
             config.drag_end_step * per_step,
             points_yx=handles_yx,
-            latent=predicted_image(passes.schedule, seen.epsilon.detach(), goal.t, latent.detach()),
+            latent=predicted_image(passes.schedule, seen.noise.detach(), goal.t, latent.detach()),
         )
         if len(iterations) % config.max_drag_per_track == 0:
             if not config.track_lag:
@@ -163,5 +163,5 @@ def drag_step(
             if config.early_stop == "inner_ge" and still >= config.max_track_no_change:
                 finished = True
                 break
-    noise = None if out is None else out.epsilon.detach()
+    noise = None if out is None else out.noise.detach()
     return Dragged(latent.detach(), handles_yx, noise, still, finished, tuple(iterations))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.invert import invert
-from ddengine.directdrag.readout import uses_readout
+from ddengine.directdrag.readout import readout_grid, uses_readout
 from ddengine.directdrag.reference import Reference, follow
 from ddengine.directdrag.run import Run, Step
 from ddengine.errors import InputError
@@ -85,7 +85,15 @@ def prepare(
             run.report("encode", 1, 1)
         with run.stage("invert"):
             keep_last = guided and config.rg_reference == "last_inversion"
-            inverted, last = invert(passes, encoded, times, spacing, run, keep_last=keep_last)
+            inverted, last = invert(
+                passes,
+                encoded,
+                times,
+                spacing,
+                run,
+                readout_hw=readout_grid(config, encoded) if keep_last else None,
+                readout_times=times[: config.drag_end_step],
+            )
         with run.stage("reference"):
             reference = follow(
                 passes, inverted, times, spacing, config, run, last_inversion=last, guided=guided, kv_budget=kv_budget

@@ -11,7 +11,8 @@ from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.readout import readout_grid
 from ddengine.directdrag.run import Run
-from ddengine.models.unet import KeyValue, UNetOutput
+from ddengine.models.network import Observation
+from ddengine.models.unet import KeyValue
 from ddengine.schedule import ddim_step
 
 
@@ -38,7 +39,7 @@ def follow(
     config: DirectDragConfig,
     run: Run,
     *,
-    last_inversion: UNetOutput | None,
+    last_inversion: Observation | None,
     guided: bool,
     kv_budget: int,
 ) -> Reference:
@@ -46,8 +47,8 @@ def follow(
 
     y ← z_T ; per step: (ε, F*_t) = U(y, t), y ← DDIM(ε, t, y), O_t ← y                (DirectDrag, AIDD schedule)
 
-    guided: record the readout's maps too, once per time, of this trajectory's taps or, where given, always of the last
-    inversion call's. The steps after the drag are followed only if the keys and values of all steps fit in `kv_budget`
+    guided: record the readout's maps too, once per time, of this trajectory or, where given, the last inversion call's.
+    The steps after the drag are followed only if the keys and values of all steps fit in `kv_budget`
     bytes; the edit then needs no second row.
     """
     latents, features, appearance, kv = [inverted], [], [], []
@@ -56,21 +57,19 @@ def follow(
     step = 0
     while step < (len(times) if keep_kv else steps):
         t = times[step]
-        out = passes.reference(latents[-1], t)
+        reads = guided and last_inversion is None and step < steps
+        out = passes.reference(latents[-1], t, readout_hw=readout_grid(config, inverted) if reads else None)
         run.count("reference", forward=1)
         if keep_kv and step == 0:
             size = sum(tensor.numel() * tensor.element_size() for pair in out.kv for tensor in pair)
             keep_kv = size * len(times) <= kv_budget
-        latents.append(ddim_step(passes.schedule, out.epsilon, t, latents[-1], spacing))
+        latents.append(ddim_step(passes.schedule, out.noise, t, latents[-1], spacing))
         if keep_kv:
             kv.append(out.kv)
         if step < steps:
             features.append(out.feature)
             if guided:
-                source = out if last_inversion is None else last_inversion
-                appearance.append(
-                    passes.readout(source.taps, out.time_embedding, readout_grid(config, inverted)).detach()
-                )
+                appearance.append(out.appearance[0] if last_inversion is None else last_inversion.appearance[step])
         step += 1
         run.report("reference", step, len(times) if keep_kv else steps)
     return Reference(

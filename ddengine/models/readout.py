@@ -36,9 +36,17 @@ class ReadoutHead(nn.Module):
 
     def forward(self, taps: Sequence[Tensor], time_embedding: Tensor | None, size_hw: tuple[int, int]) -> Tensor:
         """The appearance map [B,P,h,w] on a grid of `size_hw`; taps [B,C_l,h_l,w_l], time_embedding [1 or B,D]."""
+        return self.read(taps, self.time_terms(time_embedding), size_hw)
+
+    def time_terms(self, time_embedding: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What a time embedding [T,D] adds to every layer's hidden channels, [T,hidden] each, or None."""
+        return tuple(layer.time_term(time_embedding) for layer in self.bottleneck_layers)
+
+    def read(self, taps: Sequence[Tensor], time: Sequence[Tensor | None], size_hw: tuple[int, int]) -> Tensor:
+        """`forward` with the terms that `time_terms` made of the time."""
         weights = torch.softmax(self.mixing_weights, dim=0)
-        layers = zip(weights, self.bottleneck_layers, taps, strict=True)
-        return torch.stack([weight * layer(tap, time_embedding, size_hw) for weight, layer, tap in layers]).sum(0)
+        layers = zip(weights, self.bottleneck_layers, taps, time, strict=True)
+        return torch.stack([weight * layer(tap, term, size_hw) for weight, layer, tap, term in layers]).sum(0)
 
 
 class _Conv(nn.Conv2d):
@@ -63,15 +71,24 @@ class _Bottleneck(nn.Module):
         self.conv3 = _Conv(hidden, out, 1, groups)
         self.emb_layers = nn.Linear(time_dim, hidden) if time_dim is not None else None
 
-    def forward(self, tap: Tensor, time_embedding: Tensor | None, size_hw: tuple[int, int]) -> Tensor:
-        # The 1x1 convolutions would commute with the resizing, at a third of the head's cost but with other roundings:
-        # the published edits are only met this way round.
-        x = _resize(tap, size_hw)
-        a = F.relu(self.conv1.norm(self.conv1(x)))
-        if self.emb_layers is not None and time_embedding is not None:
-            a = a + F.relu(self.emb_layers(time_embedding))[:, :, None, None]
+    def time_term(self, time_embedding: Tensor | None) -> Tensor | None:
+        if self.emb_layers is None or time_embedding is None:
+            return None
+        return F.relu(self.emb_layers(time_embedding))
+
+    def forward(self, tap: Tensor, time: Tensor | None, size_hw: tuple[int, int]) -> Tensor:
+        # A 1x1 convolution mixes channels, the resize positions, with weights that sum to one: they commute, and the
+        # smaller of the two maps is the cheaper place to convolve.
+        if tap.shape[-2] * tap.shape[-1] > size_hw[0] * size_hw[1]:
+            x = _resize(tap, size_hw)
+            a, short = self.conv1(x), self.shortcut(x)
+        else:
+            a, short = _resize(self.conv1(tap), size_hw), _resize(self.shortcut(tap), size_hw)
+        a = F.relu(self.conv1.norm(a))
+        if time is not None:
+            a = a + time[:, :, None, None]
         a = F.relu(self.conv2.norm(self.conv2(a)))
-        return F.relu(self.conv3.norm(self.conv3(a)) + self.shortcut.norm(self.shortcut(x)))
+        return F.relu(self.conv3.norm(self.conv3(a)) + self.shortcut.norm(short))
 
 
 def _resize(x: Tensor, size_hw: tuple[int, int]) -> Tensor:

@@ -19,20 +19,12 @@ class UNetOutput(NamedTuple):
     feature: the drag feature map [B,C,h,w], the output of one up block after its upsampler.
     taps: hidden state of every up-block resnet after its second convolution, before the residual is added.
     kv: keys and values [B,tokens,C] of the self-attentions of the last two up blocks, in order of execution.
-    time_embedding: the UNet's own time embedding [1,D].
     """
 
     noise: Tensor | None
     feature: Tensor
     taps: tuple[Tensor, ...]
     kv: tuple[KeyValue, ...]
-    time_embedding: Tensor
-
-    @property
-    def epsilon(self) -> Tensor:
-        """The noise prediction where it was asked for."""
-        assert self.noise is not None, "this walk made no noise prediction"
-        return self.noise
 
 
 def unet_forward(
@@ -46,6 +38,7 @@ def unet_forward(
     kv: bool = False,
     noise: bool = True,
     reference_kv: Sequence[KeyValue] | None = None,
+    time: Sequence[Tensor] | None = None,
 ) -> UNetOutput:
     """Walk a `UNet2DConditionModel` and return its noise prediction with the inner tensors the method reads.
 
@@ -53,13 +46,13 @@ def unet_forward(
     context: text embedding [1,n,D], the same for the whole batch, or what `cross_key_values` made of it. feature_block:
     the up block whose output is the drag feature. noise=False stops after that block unless taps or kv need the rest.
     reference_kv: keys and values of another row, which then replace this row's own in the self-attentions of the last
-    two up blocks (mutual self-attention, MasaCtrl). Equals diffusers' own forward up to rounding. No hooks and nothing
-    patched.
+    two up blocks (mutual self-attention, MasaCtrl). time: what `time_terms` made of the timestep, which is then not
+    read. Equals diffusers' own forward up to rounding. No hooks and nothing patched.
     """
-    embedding = _time_embedding(unet, latent, timestep)
-    activated = F.silu(embedding)
+    if time is None:
+        time = time_terms(unet, time_embedding(unet, timestep, latent))
     cross = cross_key_values(unet, context) if isinstance(context, Tensor) else context
-    walk = _Walk(activated, list(cross), taps, kv, None if reference_kv is None else list(reference_kv))
+    walk = _Walk(list(time), list(cross), taps, kv, None if reference_kv is None else list(reference_kv))
 
     x = unet.conv_in(latent)
     skips = [x]
@@ -94,28 +87,36 @@ def unet_forward(
 
     assert feature is not None, f"the UNet has no up block {feature_block}"
     prediction = unet.conv_out(F.silu(unet.conv_norm_out(x))) if noise else None
-    return UNetOutput(prediction, feature, tuple(walk.taps), tuple(walk.kv), embedding)
+    return UNetOutput(prediction, feature, tuple(walk.taps), tuple(walk.kv))
 
 
-def _time_embedding(unet: Any, latent: Tensor, timestep: int | Tensor) -> Tensor:
-    times = torch.as_tensor(timestep, device=latent.device).reshape(1)
-    return unet.time_embedding(unet.time_proj(times).to(latent.dtype))
+def time_embedding(unet: Any, timesteps: int | Tensor, like: Tensor) -> Tensor:
+    """The UNet's embedding [T,D] of one or T times, in the dtype and on the device of `like`."""
+    times = torch.as_tensor(timesteps, device=like.device).reshape(-1)
+    return unet.time_embedding(unet.time_proj(times).to(like.dtype))
+
+
+def time_terms(unet: Any, embedding: Tensor) -> tuple[Tensor, ...]:
+    """What a time embedding [T,D] adds to every resnet's hidden state, in order of execution: [T,C] each."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    activated = F.silu(embedding)
+    return tuple(resnet.time_emb_proj(activated) for block in blocks for resnet in block.resnets)
 
 
 class _Walk:
     """What stays the same along one walk, and what it collects."""
 
     def __init__(
-        self, embedding: Tensor, cross: list[KeyValue], taps: bool, kv: bool, reference_kv: list[KeyValue] | None
+        self, time: list[Tensor], cross: list[KeyValue], taps: bool, kv: bool, reference_kv: list[KeyValue] | None
     ) -> None:
-        self.embedding, self.cross = embedding, cross
+        self.time, self.cross = time, cross
         self.want_taps, self.want_kv, self.reference_kv = taps, kv, reference_kv
         self.taps: list[Tensor] = []
         self.kv: list[KeyValue] = []
 
     def resnet(self, block: Any, x: Tensor, tap: bool = False) -> Tensor:
         hidden = block.conv1(F.silu(block.norm1(x)))
-        hidden = hidden + block.time_emb_proj(self.embedding)[:, :, None, None]
+        hidden = hidden + self.time.pop(0)[:, :, None, None]
         hidden = block.conv2(F.silu(block.norm2(hidden)))
         if tap and self.want_taps:
             self.taps.append(hidden)

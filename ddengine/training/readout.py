@@ -22,6 +22,7 @@ from ddengine.backends.eager import EagerPasses
 from ddengine.models.load import Model
 from ddengine.models.readout import ReadoutHead
 from ddengine.models.readout_io import save_readout, tap_dims
+from ddengine.models.unet import time_embedding, unet_forward
 from ddengine.scenes.scene import true_drag
 from ddengine.training import data, diffusion
 from ddengine.training.loop import Plan, fit
@@ -35,14 +36,14 @@ BATCH = 16
 def triplets(model: Model, count: int, seed: int) -> dict[str, Tensor]:
     """`count` triplets: latents [count, 4, h, w] and `same` [count, 1, h, w], 1 where anchor and preserved agree."""
     members: dict[str, list[Tensor]] = {"anchor": [], "preserved": [], "distorted": [], "same": []}
-    passes = EagerPasses(model)
+    encode = EagerPasses(model).encode
     for start in range(0, count, BATCH):
         rng = np.random.default_rng((seed, start))
         drags = [true_drag(rng) for _ in range(min(BATCH, count - start))]
         before = data.to_batch([drag.scene.render(model.size) for drag in drags])
         after = data.to_batch([drag.goal.render(model.size) for drag in drags])
         changed = F.max_pool2d((before - after).abs().amax(1, keepdim=True), 8)
-        anchor, preserved = (passes.encode(x.to(model.device)) for x in (before, after))
+        anchor, preserved = (encode(x.to(model.device)) for x in (before, after))
         distorted = diffusion.draw(
             model.unet,
             len(drags),
@@ -85,6 +86,14 @@ def distance(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     return (apart * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)
 
 
+@torch.no_grad()
+def walk(model: Model, latent: Tensor, t: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What a head reads: the taps of one walk of the model's UNet over latents [B, 4, h, w], and its time embedding."""
+    z = latent.to(model.device, model.dtype)
+    taps = unet_forward(model.unet, z, t, model.empty_context, taps=True, noise=False).taps
+    return taps, time_embedding(model.unet, t, z)
+
+
 def train(
     folder: Path,
     model: Model,
@@ -99,7 +108,6 @@ def train(
     torch.manual_seed(plan.seed)
     head = ReadoutHead(*tap_dims(model.unet), projection=projection, groups=16)
     count, grid = len(members["anchor"]), (members["anchor"].shape[-2], members["anchor"].shape[-1])
-    passes = EagerPasses(model)
 
     def loss(
         module: nn.Module, numbers: np.random.Generator, noise: torch.Generator
@@ -109,8 +117,8 @@ def train(
         shared = torch.randn((batch, *members["anchor"].shape[1:]), generator=noise)
         clean = torch.cat([members[name][chosen] for name in ("anchor", "preserved", "distorted")])
         z = diffusion.noised(clean, shared.repeat(3, 1, 1, 1), torch.full((3 * batch,), t), model.schedule)
-        walked = passes.reference(z.to(model.device), t)
-        maps = module([tap.float() for tap in walked.taps], walked.time_embedding.float(), grid)
+        taps, embedding = walk(model, z, t)
+        maps = module([tap.float() for tap in taps], embedding.float(), grid)
         anchor, preserved, distorted = maps.chunk(3)
         near = distance(anchor, preserved, members["same"][chosen].to(model.device))
         far = distance(anchor, distorted)

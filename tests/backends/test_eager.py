@@ -62,15 +62,9 @@ def test_the_unet_passes_match_the_golden_numbers(passes: EagerPasses, golden: P
     latent, t = data["latent"], int(data["timestep"])
     out = passes.reference(latent, t)
     close(passes.predict(latent, t), data["eps"], 1e-5)
-    close(passes.denoise(latent, torch.tensor([t])), data["eps"], 1e-5)
-    assert out.noise is not None
-    assert out.feature is not None
+    close(passes.predict(latent, torch.tensor([t])), data["eps"], 1e-5)
     close(out.noise, data["eps"], 1e-5)
     close(out.feature, data["intermediate3"], 1e-5)
-    close(out.time_embedding, data["time_emb"], 1e-5)
-    assert len(out.taps) == 12
-    for layer, tap in enumerate(out.taps):
-        close(tap, data[f"readout_hidden{layer}"], 1e-5)
     mutual = unit(golden, "masactrl_unet")
     source, target = mutual["latents"].split(1)
     t = int(mutual["timestep"])
@@ -82,14 +76,12 @@ def test_supervise_differentiates_to_the_latent_alone(passes: EagerPasses, golde
     data = unit(golden, "unet_vjp")
     latent = data["latent"].clone().requires_grad_()
     with torch.no_grad():  # the caller's mode does not matter
-        out = passes.supervise(latent, int(data["timestep"]))
-    assert out.feature is not None
-    assert out.noise is not None
+        out = passes.supervise(latent, int(data["timestep"]), readout_hw=(32, 32))
     [gradient] = torch.autograd.grad(out.feature, latent, data["cot_feature3"], retain_graph=True)
     close(gradient, data["grad_from_feature3"], 2e-5)
     [gradient] = torch.autograd.grad(out.noise, latent, data["cot_eps"], retain_graph=True)
     close(gradient, data["grad_from_eps"], 2e-5)
-    passes.readout(out.taps, out.time_embedding, (32, 32)).square().mean().backward()
+    out.appearance[0].square().mean().backward()
     assert latent.grad is not None
     assert latent.grad.abs().max() > 0
     modules = (passes.model.unet, passes.model.vae, passes.model.readout)
@@ -98,9 +90,14 @@ def test_supervise_differentiates_to_the_latent_alone(passes: EagerPasses, golde
 
 def test_the_other_passes_keep_no_graph(passes: EagerPasses) -> None:
     latent = torch.randn(1, 4, 8, 8).requires_grad_()
-    out = passes.reference(latent, 1)
+    out = passes.reference(latent, 1, readout_hw=(8, 8))
     found = [passes.predict(latent, 1), passes.denoise(latent, 1, out.kv), passes.decode(latent)]
-    found += [passes.encode(torch.zeros(1, 3, 64, 64).requires_grad_()), *out.taps, *(k for k, _ in out.kv)]
+    found += [
+        passes.encode(torch.zeros(1, 3, 64, 64).requires_grad_()),
+        *out.appearance,
+        out.feature,
+        *(k for k, _ in out.kv),
+    ]
     assert not any(value.requires_grad for value in found)
 
 
@@ -147,9 +144,7 @@ def test_latents_keep_their_dtype_whatever_the_model_computes_in(
     other = EagerPasses(converted(model, dtype, vae_dtype))
     assert other.dtype == dtype
     latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    out = other.supervise(latent.requires_grad_(), 621)
-    assert out.noise is not None
-    assert out.feature is not None
+    out = other.supervise(latent.requires_grad_(), 621, readout_hw=(16, 16))
     assert out.noise.dtype == torch.float32
     assert out.feature.dtype == dtype
     close(out.noise.detach(), passes.predict(latent, 621), tolerance)
@@ -158,7 +153,7 @@ def test_latents_keep_their_dtype_whatever_the_model_computes_in(
     assert encoded.dtype == torch.promote_types(vae_dtype, torch.float32)
     close(encoded.float(), passes.encode(image), tolerance)
     assert other.decode(encoded).dtype == encoded.dtype
-    assert other.readout(out.taps, out.time_embedding, (16, 16)).dtype == dtype
+    assert out.appearance[0].dtype == dtype
 
 
 def test_a_prompt_conditions_and_needs_a_text_encoder(model: Model, passes: EagerPasses) -> None:
@@ -178,9 +173,9 @@ def test_without_a_readout_head(model: Model, passes: EagerPasses) -> None:
     assert passes.has_readout
     bare = EagerPasses(dataclasses.replace(model, readout=None))
     assert not bare.has_readout
-    out = bare.reference(torch.zeros(1, 4, 8, 8), 1)
+    assert bare.reference(torch.zeros(1, 4, 8, 8), 1).appearance == ()
     with pytest.raises(ModelError, match=r"no readout head; load one with readout=.*readout_guidance=False"):
-        bare.readout(out.taps, out.time_embedding, (8, 8))
+        bare.reference(torch.zeros(1, 4, 8, 8), 1, readout_hw=(8, 8))
 
 
 def test_the_choice_of_a_backend(passes: EagerPasses) -> None:

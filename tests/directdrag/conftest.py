@@ -18,8 +18,8 @@ from ddengine.backends.eager import EagerPasses
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.prepare import Prepared, prepare
 from ddengine.models.load import Model, load_model
+from ddengine.models.network import Observation
 from ddengine.models.readout import ReadoutHead
-from ddengine.models.unet import UNetOutput
 from ddengine.schedule import Schedule
 
 
@@ -36,11 +36,11 @@ class RecordingPasses(EagerPasses):
         self.predicted.append(latent.clone())
         return super().predict(latent, timestep)
 
-    def supervise(self, latent: Tensor, timestep: int | Tensor) -> UNetOutput:
+    def supervise(self, latent: Tensor, timestep: int | Tensor, **options: Any) -> Observation:
         self.supervised.append(latent.detach().clone())
-        return super().supervise(latent, timestep)
+        return super().supervise(latent, timestep, **options)
 
-    def denoise(self, latent: Tensor, timestep: int | Tensor, reference_kv: Any = None) -> Tensor:
+    def denoise(self, latent: Tensor, timestep: int | Tensor, reference_kv: Any) -> Tensor:
         self.denoised.append(latent.clone())
         return super().denoise(latent, timestep, reference_kv)
 

@@ -171,7 +171,7 @@ def from_stored_latents(golden: Path, golden_config: Config, golden_model: Any) 
     stored, passes = Stored(golden, "p1diag_all", golden_config), EagerPasses(golden_model)
     times, run = passes.schedule.timesteps(50, 0.75), Run(passes.device)
     with torch.no_grad():
-        _, last = invert(passes, stored["vae_latent"], times, 20, run, keep_last=True)
+        _, last = invert(passes, stored["vae_latent"], times, 20, run, readout_hw=(32, 32), readout_times=times[:2])
         start = stored["inverted_latent"]
         return follow(passes, start, times, 20, config, run, last_inversion=last, guided=True, kv_budget=0)
 
@@ -202,7 +202,7 @@ def test_every_iteration_teacher_forced(stored: Stored, golden_passes: Any, from
             appearance=from_stored_latents.appearance[step] if guided else None,
             latent_range=float(entering[step].max() - entering[step].min()),
         )
-        out = golden_passes.supervise(latent, goal.t)
+        out = golden_passes.supervise(latent, goal.t, readout_hw=(32, 32) if guided else None)
         handles_yx = stored["iter_handles_yx"][k]
         follow_up = (out.feature.detach(), goal.reference_feature)
         if first == 0:

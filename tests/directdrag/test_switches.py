@@ -242,8 +242,8 @@ def test_track_lag(tiny_passes: EagerPasses) -> None:
     seen: list[Tensor] = []
 
     class Watched(EagerPasses):
-        def supervise(self, latent: Tensor, timestep: int | Tensor) -> Any:
-            out = super().supervise(latent, timestep)
+        def supervise(self, latent: Tensor, timestep: int | Tensor, **options: Any) -> Any:
+            out = super().supervise(latent, timestep, **options)
             seen.append(out.feature.detach())
             return out
 
@@ -269,17 +269,16 @@ def test_rg_reference(tiny_passes: EagerPasses) -> None:
     """Ours compares with the unedited picture at the same time, theirs with the last inversion call at every time."""
     image = noise(1, 3, 80, 96).clamp(-1, 1)
     ours, theirs = (prepare(tiny_passes, image, config) for config in short("rg_reference", rg_loss="cosine_range2"))
-    top, times = ours.reference.latents[0], ours.times
+    times = ours.times
     assert ours.reference.appearance and theirs.reference.appearance
     for step, found in enumerate(ours.reference.appearance):
-        out = tiny_passes.reference(ours.reference.latents[step], times[step])
-        assert torch.allclose(found, tiny_passes.readout(out.taps, out.time_embedding, (10, 12)))
+        out = tiny_passes.reference(ours.reference.latents[step], times[step], readout_hw=(10, 12))
+        assert torch.allclose(found, out.appearance[0])
     # The last inversion call reads the latent one level below the top, at the top's time.
     latent = ours.encoded
     for t in reversed(times[1:]):
         noise_below = tiny_passes.predict(latent, t)
         latent = invert_step(tiny_passes.schedule, noise_below, t, latent, ours.spacing)
-    last = tiny_passes.reference(latent, times[0])
+    last = tiny_passes.reference(latent, times[0], readout_hw=(10, 12), readout_times=times[:2])
     for step, found in enumerate(theirs.reference.appearance):
-        embedding = tiny_passes.reference(top, times[step]).time_embedding
-        assert torch.allclose(found, tiny_passes.readout(last.taps, embedding, (10, 12)), atol=1e-6)
+        assert torch.allclose(found, last.appearance[step], atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ddengine.backends.eager import EagerPasses
 from ddengine.models.load import load_model
 from ddengine.models.readout_io import tap_dims
 from ddengine.training import diffusion, readout
@@ -42,7 +41,7 @@ def gap(head, model, members) -> float:
     times = torch.full((len(noise),), 101)
     maps = {}
     for name in ("anchor", "preserved", "distorted"):
-        walked = EagerPasses(model).reference(diffusion.noised(members[name], noise, times, model.schedule), 101)
-        maps[name] = head(walked.taps, walked.time_embedding, (16, 16))
+        taps, embedding = readout.walk(model, diffusion.noised(members[name], noise, times, model.schedule), 101)
+        maps[name] = head(taps, embedding, (16, 16))
     near = readout.distance(maps["anchor"], maps["preserved"], members["same"])
     return float((readout.distance(maps["anchor"], maps["distorted"]) - near).mean())
