@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddengine.errors import BackendUnavailable, InputError
+from ddengine.kernels.compilation import Configuration
 
 try:
     import triton
@@ -59,3 +60,16 @@ def uses_triton(kernels: str | None, *tensors: Tensor) -> bool:
     if double:
         raise BackendUnavailable("kernels 'triton' compute in float32 at most and were given float64; use 'reference'")
     return True
+
+
+def launch(configuration: Configuration, grid: tuple[int, ...], *arguments: Any) -> None:
+    """Launch a kernel on its first tensor's device, with the very constants that the compile report names."""
+    device = next(each for each in arguments if isinstance(each, Tensor))
+    with torch.cuda.device_of(device):
+        configuration.kernel[grid](
+            *arguments,
+            **configuration.constants,
+            num_warps=configuration.num_warps,
+            num_stages=configuration.num_stages,
+            enable_fp_fusion=configuration.fusion,
+        )

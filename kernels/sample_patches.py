@@ -1,99 +1,270 @@
-"""Square patches of the enlarged feature map, read straight from the native one; supervision loss and tracking on them.
-
-The method's points live on the feature grid, a bilinear enlargement of the UNet's feature map (four times a side). That
-map is never built: enlarging and fractional sampling are both linear and separable, so a patch of P x P positions is
-
-    patch = R F Cᵀ        R [P,h], C [P,w]: at most four non-zero weights a row
-
-which is exact, and deterministic forwards and backwards (no atomics).
-"""
+"""Square patches of the enlarged feature map, read straight from the native one (geometry: `windows.py`)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def axis_weights(centres: Tensor, radius: int, size: int, native: int, border: str) -> Tensor:
-    """Weights [n,2r+1,native] that read a native axis at centre − r ... centre + r of its enlargement to `size` cells.
-
-    The enlargement is bilinear with pixel centres kept (align_corners=False); between enlarged cells values are
-    interpolated linearly. border, for cells outside the enlarged axis: "clamp" repeats the last, "zero" reads zero.
-    """
-    low = centres.floor()[:, None]
-    fraction = centres[:, None] - low  # one fraction for the whole patch: rounding does not grow with the position
-    low = low + torch.arange(-radius, radius + 1, dtype=centres.dtype, device=centres.device)
-    index = torch.arange(native, dtype=centres.dtype, device=centres.device)
-
-    def enlarged(cell: Tensor) -> Tensor:
-        inside = cell.clamp(0, size - 1)
-        source = ((inside + 0.5) * (native / size) - 0.5).clamp(0, native - 1)
-        weights = (1 - (source[..., None] - index).abs()).clamp_min(0)
-        if border == "zero":
-            weights = weights * (inside == cell)[..., None]
-        return weights
-
-    return (1 - fraction)[..., None] * enlarged(low) + fraction[..., None] * enlarged(low + 1)
+from ddengine.kernels.compilation import Configuration
+from ddengine.kernels.dispatch import interpreted, jit, launch, tl, triton, uses_triton
+from ddengine.kernels.taps import (
+    GRID,
+    MAP,
+    TYPES,
+    folding,
+    grid_arguments,
+    map_arguments,
+    taps,
+    values,
+    weight_on,
+    window_chunks,
+    window_start,
+)
+from ddengine.kernels.windows import BORDERS, Windows, check, widened, window_cells
 
 
 def sample_patches(
-    feature: Tensor, centres_yx: Tensor, radius: int, size_hw: tuple[int, int], *, border: str = "clamp"
-) -> Tensor:
-    """Patches [n,C,2r+1,2r+1] around centres [n,2] (row, column, fractions allowed) of the enlarged feature map.
-
-    feature: [1,C,h,w] native map; size_hw: the grid the centres live on. Differentiable in `feature`. `border` as in
-    `axis_weights`. Equals enlarging to size_hw bilinearly and sampling with one bilinear weight quadruple a patch
-    (DirectDrag, motion supervision).
-    """
-    rows, columns = (
-        axis_weights(centres_yx[:, axis], radius, size_hw[axis], feature.shape[2 + axis], border).to(feature.dtype)
-        for axis in (0, 1)
-    )
-    return rows[:, None] @ feature @ columns.transpose(1, 2)[:, None]
-
-
-def supervision_step(handles_yx: Tensor, targets_yx: Tensor, longest: float, reach: float) -> tuple[Tensor, Tensor]:
-    """The step [n,2] each handle is asked to take, and whether [n] it still moves.
-
-    d_i = (g_i − p_i)/‖g_i − p_i‖ · min(β, ‖g_i − p_i‖); a pair nearer than `reach` is at rest (motion supervision).
-    """
-    way = targets_yx - handles_yx
-    distance = torch.linalg.vector_norm(way, dim=1, keepdim=True)
-    return way / distance.clamp_min(1e-12) * distance.clamp_max(longest), distance[:, 0] >= reach
-
-
-def drag_loss(reference: Tensor, patches: Tensor, moving: Tensor, scale: float) -> Tensor:
-    """Σ_i scale · mean|reference_i − patch_i| over the moving pairs; patches [n,C,P,P], moving bool [n] (scalar)."""
-    return scale * ((reference - patches).abs().mean(dim=(1, 2, 3)) * moving).sum()
-
-
-def track(
     feature: Tensor,
-    template: Tensor,
-    handles_yx: Tensor,
+    centres_yx: Tensor,
     radius: int,
     size_hw: tuple[int, int],
     *,
-    border: str = "slice",
+    border: str = "clamp",
+    kernels: str | None = None,
 ) -> Tensor:
-    """The position [n,2] in each handle's window of ± radius cells whose feature is nearest to its template.
+    """Patches [B,n,C,2r+1,2r+1] around centres [B,n,2] (row, column, fractions allowed) of the enlarged feature map.
 
-    feature: [1,C,h,w] native map; template: [n,C]; distance: L1 summed over channels; ties go to the first position
-    in raster order (DirectDrag, point tracking). border: "slice" leaves positions outside the grid out, "clamp" moves
-    them to the border, "zero" reads zeros there, so that a handle may leave the picture.
+    feature: native map [B,C,h,w], any strides; size_hw: the grid the centres live on, at least the map's size. For
+    centres [n,2] of one picture: [n,C,2r+1,2r+1]. Differentiable in `feature`. Equals enlarging to size_hw bilinearly
+    and sampling with one bilinear weight quadruple a patch (DirectDrag, motion supervision); computed and returned in
+    float32 for half precision. border: "clamp" or "zero", as in `windows.axis_of`; kernels: as in
+    `dispatch.uses_triton`. Raises InputError for shapes that do not fit.
     """
-    window = sample_patches(feature, handles_yx, radius, size_hw, border="zero" if border == "zero" else "clamp")
-    distance = (window - template[:, :, None, None]).abs().sum(dim=1)
-    offsets = torch.arange(-radius, radius + 1, dtype=handles_yx.dtype, device=handles_yx.device)
-    rows, columns = handles_yx[:, 0, None] + offsets, handles_yx[:, 1, None] + offsets
-    limits = handles_yx.new_tensor(size_hw) - 1
-    if border == "slice":
-        outside = ((rows < 0) | (rows > limits[0]))[:, :, None] | ((columns < 0) | (columns > limits[1]))[:, None, :]
-        distance = distance.masked_fill(outside, float("inf"))
-    side = 2 * radius + 1
-    # argmin breaks ties by position on the CPU but promises nothing elsewhere; the first minimum is spelled out.
-    flat = distance.flatten(1)
-    order = torch.arange(side * side, device=flat.device)
-    best = torch.where(flat == flat.amin(dim=1, keepdim=True), order, side * side).amin(dim=1)
-    found = handles_yx + torch.stack([best // side, best % side], dim=1) - radius
-    return torch.minimum(found.clamp_min(0), limits) if border == "clamp" else found
+    centres = centres_yx if centres_yx.dim() == 3 else centres_yx[None]
+    check(feature, centres, size_hw, border, BORDERS)
+    fast = uses_triton(kernels, feature, centres)
+    patches = _Sample.apply(feature, centres, radius, size_hw[0], size_hw[1], border, fast)
+    return patches if centres_yx.dim() == 3 else patches[0]
+
+
+class _Sample(torch.autograd.Function):
+    """With a derivative of its own: autograd's would scatter what the gather read, in racing additions.
+
+    It stands before the operator, too, for function transforms refuse an operator's registered derivative.
+    """
+
+    @staticmethod
+    def forward(
+        feature: Tensor, centres: Tensor, radius: int, height: int, width: int, border: str, fast: bool
+    ) -> Tensor:
+        return (_operator if fast else _reference)(feature, centres, radius, height, width, border)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        feature, centres, *ctx.rest = inputs
+        ctx.save_for_backward(centres)
+        ctx.dtype, ctx.hw = feature.dtype, feature.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        radius, height, width, border, *fast = ctx.rest
+        run = _backward_reference if fast == [False] else _backward_operator
+        total = run(gradient, *ctx.saved_tensors, radius, *ctx.hw, height, width, border)
+        return (total.to(ctx.dtype), *[None] * (1 + len(ctx.rest)))
+
+
+# The reference: plain PyTorch, on any device, in pieces no larger than the map.
+
+
+def _reference(feature: Tensor, centres: Tensor, radius: int, height: int, width: int, border: str) -> Tensor:
+    windows, side = Windows.of(feature, centres, radius, (height, width), border), 2 * radius + 1
+    points = centres.shape[0] * centres.shape[1]
+    patches = feature.new_empty((points, feature.shape[1], side, side), dtype=widened(feature.dtype))
+    for some, pieces in windows.pieces(feature):
+        for channels in pieces:
+            patches[some, channels] = windows.read(feature, some, channels).permute(0, 3, 1, 2)
+    return patches.unflatten(0, centres.shape[:2])
+
+
+def _backward_reference(
+    gradient: Tensor, centres: Tensor, radius: int, h: int, w: int, height: int, width: int, border: str
+) -> Tensor:
+    total = gradient.new_zeros(gradient.shape[0], gradient.shape[2], h, w)
+    windows, gradient = Windows.of(total, centres, radius, (height, width), border), gradient.flatten(0, 1)
+    for some, pieces in windows.pieces(total):
+        for channels in pieces:
+            windows.add_adjoint(total, gradient[some, channels].permute(0, 2, 3, 1), some, channels, None)
+    return total
+
+
+# The Triton version: one launch forwards, two backwards.
+
+
+@jit
+def _sample(  # type: ignore[no-untyped-def]
+    feature,
+    centres,
+    patches,
+    points,
+    channels,
+    h,
+    w,
+    stride_b,
+    stride_c,
+    stride_y,
+    stride_x,
+    height,
+    width,
+    ratio_y,
+    ratio_x,
+    RADIUS: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """patches [B·n,C,P·P]: one program reads some positions and channels of one point."""
+    SIDE: tl.constexpr = 2 * RADIUS + 1
+    point = tl.program_id(0).to(tl.int64)
+    channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    place = (tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+    inside = (channel < channels) & (place < SIDE * SIDE)
+    y, y1, y2, y3 = taps(place // SIDE, tl.load(centres + 2 * point), height, h, ratio_y, RADIUS, ZERO)
+    x, x1, x2, x3 = taps(place % SIDE, tl.load(centres + 2 * point + 1), width, w, ratio_x, RADIUS, ZERO)
+    maps = feature + point // points * stride_b + channel.to(tl.int64) * stride_c
+    found = values(maps, inside, y, y1, y2, y3, x, x1, x2, x3, h, w, stride_y, stride_x)
+    tl.store(patches + (point * channels + channel) * (SIDE * SIDE) + place, found, mask=inside)
+
+
+@jit
+def _spread(  # type: ignore[no-untyped-def]
+    gradient,
+    centres,
+    windows,
+    first,
+    channels,
+    h,
+    w,
+    height,
+    width,
+    ratio_y,
+    ratio_x,
+    rows,
+    columns,
+    RADIUS: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """windows [m,C,rows·columns] = Rᵀ G C of the points from `first` on, for gradients G [B·n,C,P,P]."""
+    SIDE: tl.constexpr = 2 * RADIUS + 1
+    index = tl.program_id(0).to(tl.int64)
+    point = index + first
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cell = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
+    centre_y, centre_x = tl.load(centres + 2 * point), tl.load(centres + 2 * point + 1)
+    cell_y = window_start(centre_y, height, h, ratio_y, rows, RADIUS) + cell // columns
+    cell_x = window_start(centre_x, width, w, ratio_x, columns, RADIUS) + cell % columns
+    sums = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    for begin in range(0, SIDE, BLOCK_R):
+        row = begin + tl.arange(0, BLOCK_R)
+        inside = (channel < channels)[:, None] & (row < SIDE)[None, :]
+        at = gradient + ((point * channels + channel)[:, None] * SIDE + row[None, :]) * SIDE
+        along = tl.zeros((BLOCK_C, BLOCK_R, BLOCK_K), tl.float32)
+        for column in range(SIDE):
+            x, x1, x2, x3 = taps(column, centre_x, width, w, ratio_x, RADIUS, ZERO)
+            given = tl.load(at + column, mask=inside, other=0.0)
+            along += given[:, :, None] * weight_on(cell_x, x, x1, x2, x3)[None, None, :]
+        y, y1, y2, y3 = taps(row[:, None], centre_y, height, h, ratio_y, RADIUS, ZERO)
+        sums += tl.sum(along * weight_on(cell_y[None, :], y, y1, y2, y3)[None, :, :], 1)
+    at = (index * channels + channel)[:, None] * (rows * columns) + cell[None, :]
+    tl.store(windows + at, sums, mask=(channel < channels)[:, None] & (cell < rows * columns)[None, :])
+
+
+def _sampling(dtype: torch.dtype, radius: int, border: str) -> Configuration:
+    return Configuration(
+        f"sample-{TYPES[dtype]}-r{radius}-{border}",
+        _sample,
+        {"feature": f"*{TYPES[dtype]}", "centres": "*fp32", "patches": "*fp32", "points": "i32"} | MAP | GRID,
+        {"RADIUS": radius, "ZERO": border == "zero", "BLOCK_C": 16, "BLOCK_P": 32},
+    )
+
+
+def _spreading(radius: int, border: str) -> Configuration:
+    sizes = dict.fromkeys(("first", "channels", "h", "w"), "i32")
+    return Configuration(
+        f"spread-r{radius}-{border}",
+        _spread,
+        {"gradient": "*fp32", "centres": "*fp32", "windows": "*fp32"} | sizes | GRID | {"rows": "i32", "columns": "i32"},
+        {"RADIUS": radius, "ZERO": border == "zero", "BLOCK_C": 8, "BLOCK_R": 16, "BLOCK_K": 32},
+    )
+
+
+CONFIGURATIONS = (
+    *(_sampling(dtype, radius, border) for dtype in TYPES for radius in (0, 4) for border in BORDERS),
+    *(_spreading(4, border) for border in BORDERS),
+)
+
+
+def _launch(feature: Tensor, centres: Tensor, radius: int, height: int, width: int, border: str) -> Tensor:
+    (batch, each), channels, side = centres.shape[:2], feature.shape[1], 2 * radius + 1
+    patches = feature.new_empty((batch, each, channels, side, side), dtype=torch.float32)
+    how = _sampling(feature.dtype, radius, border)
+    blocks = triton.cdiv(channels, how.constants["BLOCK_C"]), triton.cdiv(side * side, how.constants["BLOCK_P"])
+    sizes = *map_arguments(feature), *grid_arguments(feature, (height, width))
+    if patches.numel():
+        launch(how, (batch * each, *blocks), feature, centres.contiguous(), patches, each, *sizes)
+    return patches
+
+
+def _backward_launch(
+    gradient: Tensor, centres: Tensor, radius: int, h: int, w: int, height: int, width: int, border: str
+) -> Tensor:
+    gradient, centres, (batch, each, channels) = gradient.contiguous(), centres.contiguous(), gradient.shape[:3]
+    total = gradient.new_zeros(batch, channels, h, w) if not each else gradient.new_empty(batch, channels, h, w)
+    rows, columns = window_cells(radius, height, h), window_cells(radius, width, w)
+    how, grid = _spreading(radius, border), grid_arguments(total, (height, width))
+    blocks = triton.cdiv(channels, how.constants["BLOCK_C"]), triton.cdiv(rows * columns, how.constants["BLOCK_K"])
+    for first, last in window_chunks(total, batch * each, rows * columns):
+        windows = total.new_empty(last - first, channels, rows * columns)
+        sizes = first, channels, h, w, *grid, rows, columns
+        launch(how, (last - first, *blocks), gradient, centres, windows, *sizes)
+        fold(windows, total, centres, first, last, grid, (rows, columns), radius)
+    return total
+
+
+# The operators that graphs and compilers see as one.
+
+_SIZES = "SymInt height, SymInt width, str border"
+_operator = torch.library.custom_op(
+    "ddengine::sample_patches",
+    lambda *arguments: (_launch if interpreted() else _reference)(*arguments),
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor feature, Tensor centres_yx, SymInt radius, {_SIZES}) -> Tensor",
+)
+_operator.register_kernel("cuda")(_launch)
+
+
+@_operator.register_fake
+def _(feature: Tensor, centres: Tensor, radius: int, *_: Any) -> Tensor:
+    shape = *centres.shape[:2], feature.shape[1], 2 * radius + 1, 2 * radius + 1
+    return feature.new_empty(shape, dtype=widened(feature.dtype))
+
+
+_operator.register_autograd(_Sample.backward, setup_context=_Sample.setup_context)
+_backward_operator = torch.library.custom_op(
+    "ddengine::sample_patches_backward",
+    lambda *arguments: (_backward_launch if interpreted() else _backward_reference)(*arguments),
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor gradient, Tensor centres_yx, SymInt radius, SymInt h, SymInt w, {_SIZES}) -> Tensor",
+)
+_backward_operator.register_kernel("cuda")(_backward_launch)
+
+
+@_backward_operator.register_fake
+def _(gradient: Tensor, centres: Tensor, radius: int, h: int, w: int, *_: Any) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], gradient.shape[2], h, w)

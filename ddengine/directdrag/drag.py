@@ -1,167 +1,153 @@
-"""One drag step: at one time, move the latent until its features follow the drags (the inner loop of AIDD)."""
+"""The inner loop of AIDD at one time: drag until the handles have arrived, nothing moves, or the count is full."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
-from ddengine.directdrag.adam import adam_update
-from ddengine.directdrag.motion import supervision_loss
-from ddengine.directdrag.readout import readout_grid, readout_loss, skipped_updates
+from ddengine.directdrag.adam import adam_table
+from ddengine.directdrag.motion import reference_patches, refuse_outside
+from ddengine.directdrag.readout import skipped_updates
 from ddengine.directdrag.run import Run
-from ddengine.directdrag.track import arrived, track_handles
+from ddengine.directdrag.step import HANDLES, RAN, Goal, Rules, State, look, step
+from ddengine.directdrag.track import templates
 from ddengine.models.network import Observation
-from ddengine.schedule import ddim_step, predicted_image
+from ddengine.schedule import Schedule, coefficients
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What one drag step is held to; constant during the step.
+class Unit(Protocol):
+    """A drag step as a backend carries it out; the plain functions of `step.py` are one."""
 
-    reference_feature F*_t [1,C,h,w] and reference_latent O_t [1,4,h,w] are the unedited trajectory's, at this time and
-    after its step; background: weight 1 − M [1,1,h,w], None where nothing is held still; appearance: the readout
-    head's reference map, None where it is off; latent_range: max − min of the latent that enters the step.
-    """
+    reads: bool  # whether the host may look at the state after every iteration without holding the device up
 
-    t: int
-    spacing: int
-    first_handles_yx: Tensor
-    targets_yx: Tensor
-    feature_hw: tuple[int, int]
-    reference_feature: Tensor
-    reference_latent: Tensor
-    background: Tensor | None
-    appearance: Tensor | None
-    latent_range: float
+    def step(self, state: State, goal: Goal, k: int, skip: int) -> State: ...
+
+    def look(self, state: State, goal: Goal) -> State: ...
 
 
-class Losses(NamedTuple):
-    """The terms of one iteration, unweighted, and their weighted sum (scalars)."""
+class PlainUnit:
+    """The step's functions called as they are: the behaviour every other unit is held to."""
 
-    drag: Tensor
-    background: Tensor
-    readout: Tensor
-    total: Tensor
+    reads = True
 
+    def __init__(self, passes: Passes, rules: Rules, run: Run) -> None:
+        self._passes, self._rules, self._run = passes, rules, run
+        self._seen: tuple[Tensor, Tensor, Observation] | None = None
 
-class Iteration(NamedTuple):
-    """One latent update: where it was, its losses as `Losses`, the handles it used, and whether it was carried out."""
+    def step(self, state: State, goal: Goal, k: int, skip: int) -> State:
+        after = step(self._observe, state, goal, self._rules, k, skip)
+        if after.latent is not state.latent:
+            self._run.count("drag", backward=1)
+            self._seen = None  # and with it the graph
+        return after
 
-    step: int
-    t: int
-    losses: Tensor
-    handles_yx: Tensor
-    updated: bool
+    def look(self, state: State, goal: Goal) -> State:
+        with torch.no_grad():
+            return look(self._observe, state, goal, self._rules)
 
-
-@dataclass(frozen=True)
-class Dragged:
-    """The outcome of one drag step.
-
-    noise: the prediction at the final latent where one is at hand (the denoising step needs no other), else None.
-    still: tracking events in a row that moved nothing. finished: no further drag step shall run.
-    """
-
-    latent: Tensor
-    handles_yx: Tensor
-    noise: Tensor | None
-    still: int
-    finished: bool
-    iterations: tuple[Iteration, ...]
+    def _observe(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Observation]:
+        """One network call, and none for a latent that has not changed since the last."""
+        if self._seen is None or self._seen[0] is not latent:
+            leaf = latent.detach().requires_grad_()
+            self._run.count("drag", forward=1)
+            self._seen = latent, leaf, self._passes.supervise(leaf, timestep, readout_hw=self._rules.readout_hw)
+        return self._seen[1:]
 
 
-def losses(
-    passes: Passes, out: Observation, latent: Tensor, handles_yx: Tensor, goal: Goal, config: DirectDragConfig
-) -> Losses:
-    """The loss of AIDD, differentiable with respect to the latent that `out` was computed from.
-
-    L = L_drag + λ Σ (1 − M) |DDIM(ε, t, e) − O_t| + w L_readout                     (DirectDrag; sum, not mean)
-    """
-    drag = supervision_loss(
-        out.feature, goal.reference_feature, handles_yx, goal.first_handles_yx, goal.targets_yx, goal.feature_hw, config
-    )
-    background = readout = drag.new_zeros(())
-    if goal.background is not None:
-        after = ddim_step(passes.schedule, out.noise, goal.t, latent, goal.spacing)
-        background = (goal.background * (after - goal.reference_latent).abs()).sum()
-    if goal.appearance is not None:
-        readout = readout_loss(out.appearance[0], goal.appearance, goal.latent_range, config.rg_loss)
-    return Losses(drag, background, readout, drag + config.lam * background + config.readout_weight * readout)
-
-
-def drag_step(
-    passes: Passes,
+def make_goal(
+    schedule: Schedule,
+    t: int,
+    spacing: int,
+    *,
     latent: Tensor,
-    handles_yx: Tensor,
+    first_handles_yx: Tensor,
+    targets_yx: Tensor,
+    valid: Tensor,
+    features: Sequence[Tensor],
+    before: Tensor,
+    after: Tensor,
+    background: Tensor,
+    appearance: Sequence[Tensor],
+    rules: Rules,
+    rounding: float,
+) -> Goal:
+    """The `Goal` of one time for a batch of edits that enter it with `latent` [B,4,h,w].
+
+    features, appearance: maps [1,...] of the unedited pictures at this time, one an edit; before, after: their latents
+    [B,4,h,w] at this time and the next. rounding: see `Passes`.
+    """
+    config, feature_hw, device = rules.config, rules.feature_hw, latent.device
+    scale, shift = coefficients(schedule.alpha(t), schedule.alpha(t - spacing))
+    pairs = [*zip(features, first_handles_yx.split(1), strict=True)]
+    guided = rules.readout_hw is not None
+    span = latent.flatten(1).amax(dim=1) - latent.flatten(1).amin(dim=1)
+    skip = torch.zeros(len(latent), dtype=torch.int64, device=device)
+    if config.amp_skip != "none":  # read by the host once a time, in the configurations that need it
+        skip = torch.tensor([skipped_updates(config, value, guided) for value in span.tolist()], device=device)
+    return Goal(
+        timestep=torch.tensor([t], device=device),
+        ddim=torch.tensor([scale, shift], dtype=latent.dtype, device=device),
+        targets_yx=targets_yx,
+        valid=valid,
+        patches=torch.cat([reference_patches(feature, points, feature_hw, config) for feature, points in pairs]),
+        template=torch.cat([templates(feature, points, feature_hw) for feature, points in pairs]),
+        reference_latent=after,
+        background=background,
+        appearance=torch.cat(list(appearance)) if guided else latent.new_zeros(0),
+        latent_range=span,
+        skip=skip,
+        # ε = (O − A y)/B, so this is `rounding` of the largest |ε|, as the next latent feels it.
+        tolerance=rounding * (after - scale * before).abs().amax(),
+        corrections=adam_table(config.latent_lr, iterations(config)).to(device, latent.dtype),
+    )
+
+
+def iterations(config: DirectDragConfig) -> int:
+    """The most latent updates of one drag step."""
+    return config.track_per_step * config.max_drag_per_track
+
+
+def drag(
+    unit: Unit,
+    state: State,
     goal: Goal,
-    config: DirectDragConfig,
+    rules: Rules,
     run: Run,
     *,
-    step: int = 0,
-    still: int = 0,
-) -> Dragged:
-    """Drag the latent [1,4,h,w] at one time, in track_per_step x max_drag_per_track updates of a fresh Adam.
+    first_handles_yx: Tensor,
+    number: int = 0,
+    report: Callable[[State, int, int], None] | None = None,
+) -> State:
+    """Drag at one time, from `begin` to the state that denoising goes on from.
 
-    handles_yx [n,2] on the feature grid; step: number of the drag step, for reports; still: count carried over from the
-    step before. A network call is made only when the latent has changed since the last one.
+    number: of the drag step, for `report`, which is told the state and the iterations done out of all. Where the
+    network has seen the final latents its noise is `fresh`. Raises what `report` raises, and InputError where a patch
+    leaves the grid and the configuration refuses that.
     """
-    per_step = config.track_per_step * config.max_drag_per_track
-    skip = skipped_updates(config, goal.latent_range, goal.appearance is not None)
-    latent, first, second = latent.detach(), torch.zeros_like(latent), torch.zeros_like(latent)
-    iterations: list[Iteration] = []
-    updates, finished, out = 0, False, None
-
-    def call(value: Tensor) -> tuple[Tensor, Observation]:
-        leaf = value.detach().requires_grad_()
-        run.count("drag", forward=1)
-        readout_hw = None if goal.appearance is None else readout_grid(config, latent)
-        return leaf, passes.supervise(leaf, goal.t, readout_hw=readout_hw)
-
-    def tracked(seen: Observation, points: Tensor) -> Tensor:
-        return track_handles(
-            seen.feature.detach(), goal.reference_feature, points, goal.first_handles_yx, goal.feature_hw, config
-        )
-
-    while len(iterations) < per_step:
-        if out is None:
-            latent, out = call(latent)
-        if not iterations and config.track_at_start:
-            handles_yx = tracked(out, handles_yx)
-        if len(iterations) % config.max_drag_per_track == 0 and arrived(handles_yx, goal.targets_yx, config.reach):
-            finished = True
+    config, count = rules.config, iterations(rules.config)
+    skip = int(goal.skip.min()) if config.amp_skip != "none" else 0
+    for k in range(count):
+        state = unit.step(state, goal, k, skip)
+        stopped = unit.reads and not bool(state.active.any())
+        if config.ms_border == "refuse":
+            _refuse(state, k, goal, first_handles_yx, rules)
+        if report is not None and not (stopped and not bool(state.history[k, :, RAN].any())):
+            report(state, number * count + k + 1, config.drag_end_step * count)
+        if stopped:
             break
-        terms = losses(passes, out, latent, handles_yx, goal, config)
-        update = len(iterations) >= skip
-        iterations.append(Iteration(step, goal.t, torch.stack(terms).detach(), handles_yx, update))
-        seen = out
-        if update:
-            (gradient,) = torch.autograd.grad(terms.total, latent)
-            run.count("drag", backward=1)
-            updates += 1
-            latent, first, second = adam_update(latent.detach(), gradient, first, second, updates, config.latent_lr)
-            out = None
-        run.report(
-            "drag",
-            step * per_step + len(iterations),
-            config.drag_end_step * per_step,
-            points_yx=handles_yx,
-            latent=predicted_image(passes.schedule, seen.noise.detach(), goal.t, latent.detach()),
-        )
-        if len(iterations) % config.max_drag_per_track == 0:
-            if not config.track_lag:
-                if out is None:
-                    latent, out = call(latent)
-                seen = out
-            moved = tracked(seen, handles_yx)
-            still = still + 1 if torch.equal(moved, handles_yx) else 0
-            handles_yx = moved
-            if config.early_stop == "inner_ge" and still >= config.max_track_no_change:
-                finished = True
-                break
-    noise = None if out is None else out.noise.detach()
-    return Dragged(latent.detach(), handles_yx, noise, still, finished, tuple(iterations))
+    if not config.track_lag and not bool(state.fresh.all()):
+        state = unit.look(state, goal)
+    return state
+
+
+def _refuse(state: State, k: int, goal: Goal, first_handles_yx: Tensor, rules: Rules) -> None:
+    for edit, valid in enumerate(goal.valid):
+        used = state.history[k, edit, HANDLES:].view(-1, 2)[valid]
+        if bool(state.history[k, edit, RAN]):
+            first, targets = first_handles_yx[edit][valid], goal.targets_yx[edit][valid]
+            refuse_outside(used, first, targets, rules.feature_hw, rules.config)

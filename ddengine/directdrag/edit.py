@@ -1,22 +1,26 @@
-"""DirectDrag from a prepared picture to the edited latent: warp, drag, denoise."""
+"""DirectDrag from prepared pictures to edited latents: warp, drag, denoise. One edit, or several in one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.denoise import ReferenceRow, predict_noise
-from ddengine.directdrag.drag import Goal, Iteration, drag_step
+from ddengine.directdrag.drag import PlainUnit, drag, iterations, make_goal
 from ddengine.directdrag.mask import edit_mask, feature_mask, latent_mask
 from ddengine.directdrag.prepare import Prepared
-from ddengine.directdrag.readout import uses_readout
+from ddengine.directdrag.readout import readout_grid, uses_readout
 from ddengine.directdrag.run import Run, Step
+from ddengine.directdrag.step import HANDLES, MOVED, RAN, Rules, State, begin
 from ddengine.directdrag.warp import warp
+from ddengine.errors import InputError
+from ddengine.models.unet import KeyValue
 from ddengine.schedule import ddim_step, predicted_image
 
 
@@ -40,7 +44,7 @@ class Edited:
 
     latent: final [1,4,h,w], to be decoded. unedited: the same of no edit, None where `preserve` is off. handles_yx:
     tracked handles [n,2] on the feature grid. mask: [Hs,Ws] in 0..1. history: one record per latent update. passes,
-    timings: cost by stage. readout: whether its term ran.
+    timings: cost by stage, of the whole batch. readout: whether its term ran.
     """
 
     latent: Tensor
@@ -53,6 +57,20 @@ class Edited:
     readout: bool
 
 
+@dataclass(frozen=True)
+class Task:
+    """One edit of a batch: handles and targets [n,2] as (row, column) on the feature grid of a prepared picture.
+
+    user_mask: bool or 0..1, at the working or feature size, 1 where the picture may change; replaces the automatic soft
+    mask and confines the warp.
+    """
+
+    prepared: Prepared
+    handles_yx: Tensor
+    targets_yx: Tensor
+    user_mask: Tensor | None = None
+
+
 def edit(
     passes: Passes,
     prepared: Prepared,
@@ -63,73 +81,215 @@ def edit(
     user_mask: Tensor | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> Edited:
-    """Drag handles to targets, [n,2] as (row, column) on the feature grid, in a prepared picture.
+    """`edit_batch` of a single `Task`."""
+    (edited,) = edit_batch(passes, [Task(prepared, handles_yx, targets_yx, user_mask)], config, progress=progress)
+    return edited
 
-    user_mask: bool or 0..1, at the working or feature size, 1 where the picture may change; replaces the automatic soft
-    mask and confines the warp. Raises InputError for settings the source was not prepared with or a mask of another
-    size, and whatever `progress` raises; `prepared` is never changed. (DirectDrag, the main loop of AIDD.)
+
+def edit_batch(
+    passes: Passes,
+    tasks: Sequence[Task],
+    config: DirectDragConfig,
+    *,
+    progress: Callable[[Step], None] | None = None,
+) -> tuple[Edited, ...]:
+    """Drag handles to targets in prepared pictures of one size, all in one batch. (DirectDrag, the main loop of AIDD.)
+
+    Each edit comes out as it would alone, up to rounding. Raises InputError for settings a source was not prepared
+    with, a mask of another size or pictures of several sizes, and whatever `progress` raises; what is prepared is never
+    changed. `progress` is told points and latents of a single edit, and of several only how far they are.
     """
     run = Run(passes.device, progress)
     guided = uses_readout(config, passes)
-    prepared.check(config, guided)
-    feature_hw, times, reference = prepared.feature_hw, prepared.times, prepared.reference
-    handles_yx, targets_yx = (points.to(passes.device, torch.float32) for points in (handles_yx, targets_yx))
-    if user_mask is not None:
-        user_mask = feature_mask(user_mask.to(passes.device), prepared.work_hw, feature_hw)
+    first = _checked(tasks, config, guided)
+    feature_hw, times, spacing = first.feature_hw, first.times, first.spacing
+    rules = Rules(config, feature_hw, readout_grid(config, first.inverted) if guided else None)
 
-    latent = prepared.inverted
     with run.stage("warp"):
-        if config.latent_warpage:
-            latent = warp(latent, handles_yx, targets_yx, feature_hw, config, user_mask=user_mask)
-        mask = edit_mask(handles_yx, targets_yx, feature_hw, config, user_mask=user_mask)
-        held = 1 - latent_mask(mask, (latent.shape[-2], latent.shape[-1])).to(latent.dtype)
-        background = held if bool(held.any()) else None
-        run.report("warp", 1, 1, points_yx=handles_yx)
+        starts = [_start(passes, task, config) for task in tasks]
+        latent = torch.cat([start.latent for start in starts])
+        background = torch.cat([start.background for start in starts])
+        handles_yx, targets_yx, valid = padded([(start.handles_yx, start.targets_yx) for start in starts])
+        first_handles_yx, alone = handles_yx, len(tasks) == 1
+        run.report("warp", 1, 1, points_yx=handles_yx[0] if alone else None)
 
-    first_handles_yx, row = handles_yx, ReferenceRow(passes, reference, prepared.spacing, run)
-    iterations: list[Iteration] = []
-    dragging, mutual, still = True, False, 0
-    for step, t in enumerate(times):
-        noise = None
-        if step < config.drag_end_step and dragging and still != config.max_track_no_change:
-            goal = Goal(
-                t=t,
-                spacing=prepared.spacing,
-                first_handles_yx=first_handles_yx,
-                targets_yx=targets_yx,
-                feature_hw=feature_hw,
-                reference_feature=reference.features[step],
-                reference_latent=reference.latents[step + 1],
-                background=background,
-                appearance=reference.appearance[step] if guided and reference.appearance else None,
-                latent_range=float(latent.max() - latent.min()),
-            )
+    unedited = _UneditedRows(passes, tasks, run)
+    unit = PlainUnit(passes, rules, run)
+    still = torch.zeros(len(tasks), dtype=torch.int64, device=passes.device)
+    finished = torch.zeros_like(still, dtype=torch.bool)
+    records: list[list[Record]] = [[] for _ in tasks]
+
+    def tell(state: State, done: int, total: int) -> None:
+        seen = predicted_image(passes.schedule, state.noise, t, state.latent) if alone and progress else None
+        run.report("drag", done, total, points_yx=state.handles_yx[0] if alone else None, latent=seen)
+
+    for number, t in enumerate(times):
+        # Once a time the host looks which edits are still dragged; the others go on with mutual attention.
+        dragged: list[int] = []
+        if number < config.drag_end_step:
+            dragged = (~finished & (still != config.max_track_no_change)).nonzero().flatten().tolist()
+        noise: dict[int, Tensor] = {}
+        if dragged:
+            references = [tasks[edit].prepared.reference for edit in dragged]
             with run.stage("drag"):
-                dragged = drag_step(passes, latent, handles_yx, goal, config, run, step=step, still=still)
-            latent, handles_yx, noise, still = dragged.latent, dragged.handles_yx, dragged.noise, dragged.still
-            dragging = not dragged.finished
-            iterations += dragged.iterations
-        else:
-            mutual = config.mutual_attention
+                goal = make_goal(
+                    passes.schedule,
+                    t,
+                    spacing,
+                    latent=latent[dragged],
+                    first_handles_yx=first_handles_yx[dragged],
+                    targets_yx=targets_yx[dragged],
+                    valid=valid[dragged],
+                    features=[reference.features[number] for reference in references],
+                    before=torch.cat([reference.latents[number] for reference in references]),
+                    after=torch.cat([reference.latents[number + 1] for reference in references]),
+                    background=background[dragged],
+                    appearance=[reference.appearance[number] for reference in references if reference.appearance],
+                    rules=rules,
+                    rounding=passes.rounding,
+                )
+                state = begin(latent[dragged], handles_yx[dragged], still[dragged], iterations(config))
+                state = drag(
+                    unit,
+                    state,
+                    goal,
+                    rules,
+                    run,
+                    first_handles_yx=first_handles_yx[dragged],
+                    number=number,
+                    report=tell,
+                )
+            latent, handles_yx, still, finished = (
+                whole.index_copy(0, torch.tensor(dragged, device=whole.device), part)
+                for whole, part in (
+                    (latent, state.latent),
+                    (handles_yx, state.handles_yx),
+                    (still, state.still),
+                    (finished, state.finished),
+                )
+            )
+            history, fresh = state.history.tolist(), state.fresh.tolist()
+            for place, edit in enumerate(dragged):
+                records[edit] += _records([row[place] for row in history], number, t, int(valid[edit].sum()))
+                if fresh[place]:
+                    noise[edit] = state.noise[place : place + 1]
         with run.stage("denoise"), torch.no_grad():
-            if noise is None:
-                kv = row.key_value(step, t) if mutual else None
-                noise = predict_noise(passes, latent, t, run, reference_kv=kv)
-            preview = predicted_image(passes.schedule, noise, t, latent)
-            latent = ddim_step(passes.schedule, noise, t, latent, prepared.spacing)
-        run.report("denoise", step + 1, len(times), points_yx=handles_yx, latent=preview)
-    unedited = None
+            settled = [edit for edit in range(len(tasks)) if edit not in dragged and config.mutual_attention]
+            plain = [edit for edit in range(len(tasks)) if edit not in noise and edit not in settled]
+            for group, mutual in ((plain, False), (settled, True)):
+                if group:
+                    kv = unedited.key_value(group, number, t) if mutual else None
+                    found = predict_noise(passes, latent[group], t, run, reference_kv=kv)
+                    noise.update(zip(group, found.split(1), strict=True))
+            predicted = torch.cat([noise[edit] for edit in range(len(tasks))])
+            preview = predicted_image(passes.schedule, predicted, t, latent) if alone else None
+            latent = ddim_step(passes.schedule, predicted, t, latent, spacing)
+        points = handles_yx[0] if alone else None
+        run.report("denoise", number + 1, len(times), points_yx=points, latent=preview)
+
+    ends: list[Tensor | None] = [None] * len(tasks)
     if config.preserve:
         with run.stage("denoise"), torch.no_grad():
-            unedited = row.end(times)
-    return Edited(latent, unedited, handles_yx, mask, _records(iterations), run.passes, run.seconds, guided)
+            ends = [unedited.end(edit, times) for edit in range(len(tasks))]
+    return tuple(
+        Edited(
+            latent[edit : edit + 1],
+            ends[edit],
+            handles_yx[edit][valid[edit]],
+            start.mask,
+            tuple(records[edit]),
+            run.passes,
+            run.seconds,
+            guided,
+        )
+        for edit, start in enumerate(starts)
+    )
 
 
-def _records(iterations: list[Iteration]) -> tuple[Record, ...]:
-    """Plain numbers of all iterations: read from the device once, after the edit, not once per update."""
-    records = []
-    for it in iterations:
-        drag, background, readout, total = it.losses.tolist()
-        handles_yx = tuple((row, column) for row, column in it.handles_yx.tolist())
-        records.append(Record(it.step, it.t, drag, background, readout, total, handles_yx, it.updated))
-    return tuple(records)
+@dataclass(frozen=True)
+class _Start:
+    """Where one edit begins: warped latent and held-still weight 1 − M [1,1,h,w], points on the device, its mask."""
+
+    latent: Tensor
+    background: Tensor
+    handles_yx: Tensor
+    targets_yx: Tensor
+    mask: Tensor
+
+
+def _start(passes: Passes, task: Task, config: DirectDragConfig) -> _Start:
+    prepared, feature_hw = task.prepared, task.prepared.feature_hw
+    handles_yx, targets_yx = (points.to(passes.device, torch.float32) for points in (task.handles_yx, task.targets_yx))
+    user_mask = task.user_mask
+    if user_mask is not None:
+        user_mask = feature_mask(user_mask.to(passes.device), prepared.work_hw, feature_hw)
+    latent = prepared.inverted
+    if config.latent_warpage:
+        latent = warp(latent, handles_yx, targets_yx, feature_hw, config, user_mask=user_mask)
+    mask = edit_mask(handles_yx, targets_yx, feature_hw, config, user_mask=user_mask)
+    held = 1 - latent_mask(mask, (latent.shape[-2], latent.shape[-1])).to(latent.dtype)
+    return _Start(latent, held, handles_yx, targets_yx, mask)
+
+
+def padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Handles and targets of several edits, [n_b,2] each, as [B,n,2] with n the largest, and which are valid [B,n]."""
+    most = max(len(handles) for handles, _ in pairs)
+    filled = [[F.pad(points, (0, 0, 0, most - len(points))) for points in pair] for pair in pairs]
+    handles, targets = (torch.stack(points) for points in zip(*filled, strict=True))
+    counts = torch.tensor([len(points) for points, _ in pairs], device=handles.device)
+    return handles, targets, torch.arange(most, device=handles.device) < counts[:, None]
+
+
+class _UneditedRows:
+    """The unedited pictures beside a batch; edits of the same prepared picture share one row."""
+
+    def __init__(self, passes: Passes, tasks: Sequence[Task], run: Run) -> None:
+        rows: dict[int, ReferenceRow] = {}
+        for task in tasks:
+            made = task.prepared
+            if id(made) not in rows:
+                rows[id(made)] = ReferenceRow(passes, made.reference, made.spacing, run)
+        self._rows = [rows[id(task.prepared)] for task in tasks]
+
+    def key_value(self, edits: Sequence[int], number: int, t: int) -> tuple[KeyValue, ...]:
+        """Keys and values [B or 1,tokens,C] of denoising step `number` at time t for some of the edits."""
+        rows = [self._rows[edit] for edit in edits]
+        found = {id(row): row.key_value(number, t) for row in {id(row): row for row in rows}.values()}
+        if len(found) == 1:
+            return found[id(rows[0])]
+        pairs = zip(*(found[id(row)] for row in rows), strict=True)
+        return tuple((torch.cat([k for k, _ in pair]), torch.cat([v for _, v in pair])) for pair in pairs)
+
+    def end(self, edit: int, times: Sequence[int]) -> Tensor:
+        """The final latent [1,4,h,w] of no edit."""
+        return self._rows[edit].end(times)
+
+
+def _checked(tasks: Sequence[Task], config: DirectDragConfig, guided: bool) -> Prepared:
+    """The first task's source, if all can be edited with `config` in one batch."""
+    if not tasks:
+        raise InputError("a batch of no edits was given; give at least one")
+    first = tasks[0].prepared
+    for task in tasks:
+        task.prepared.check(config, guided)
+        if task.prepared.work_hw != first.work_hw:
+            raise InputError(
+                f"a batch has pictures of working sizes {first.work_hw} and {task.prepared.work_hw} (rows, columns); "
+                f"edit pictures of one size together"
+            )
+    return first
+
+
+def _records(rows: list[list[float]], number: int, t: int, pairs: int) -> list[Record]:
+    """What a drag step's history says of one edit, in plain numbers."""
+    return [
+        Record(
+            number,
+            t,
+            *row[:RAN],
+            tuple(zip(*[iter(row[HANDLES : HANDLES + 2 * pairs])] * 2, strict=True)),
+            bool(row[MOVED]),
+        )
+        for row in rows
+        if row[RAN]
+    ]

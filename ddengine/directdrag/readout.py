@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddengine.backends.passes import Passes
@@ -28,7 +27,7 @@ def readout_grid(config: DirectDragConfig, latent: Tensor) -> tuple[int, int]:
 
 
 def readout_loss(observed: Tensor, reference: Tensor, latent_range: Tensor | float, kind: str) -> Tensor:
-    """The unweighted readout loss of two appearance maps [1,P,h,w], a scalar with a gradient to `observed`.
+    """The unweighted readout loss [B] of two appearance maps [B,P,h,w], with a gradient to `observed`.
 
     "l2": mean over positions and channels of the squared difference (DirectDrag's formula, as a mean so that its
     weight does not depend on the size). "cosine_range2": (max e − min e)² · mean over positions of 1 − cosine over
@@ -36,8 +35,8 @@ def readout_loss(observed: Tensor, reference: Tensor, latent_range: Tensor | flo
     """
     observed, reference = wide(observed), wide(reference)
     if kind == "l2":
-        return F.mse_loss(observed, reference)
-    return latent_range**2 * (1 - torch.cosine_similarity(observed, reference, dim=1)).mean()
+        return (observed - reference).square().mean(dim=(1, 2, 3))
+    return latent_range**2 * (1 - torch.cosine_similarity(observed, reference, dim=1)).mean(dim=(1, 2))
 
 
 def skipped_updates(config: DirectDragConfig, latent_range: float, guided: bool) -> int:

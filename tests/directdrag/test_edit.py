@@ -13,11 +13,11 @@ from ddengine.backends.eager import EagerPasses
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.decode import decode
 from ddengine.directdrag.edit import Edited, edit
-from ddengine.directdrag.motion import supervision_loss
+from ddengine.directdrag.motion import reference_patches, supervision_loss
 from ddengine.directdrag.prepare import Prepared, prepare
 from ddengine.directdrag.readout import readout_loss
 from ddengine.directdrag.run import Step
-from ddengine.directdrag.track import track_handles
+from ddengine.directdrag.track import templates, track_handles
 from ddengine.errors import Cancelled, DDEngineError, InputError, ModelError
 
 SHORT = {
@@ -220,12 +220,21 @@ def test_half_precision_features_are_summed_in_float32() -> None:
     feature, reference = (torch.randn(1, 320, 8, 12, generator=generator).bfloat16() for _ in range(2))
     for handles in (torch.rand(2, 2, generator=generator) * 30 for _ in range(10)):
         drag = [
-            supervision_loss(feature.to(dtype), reference.to(dtype), handles, HANDLES, TARGETS, (32, 48), settings)
+            supervision_loss(
+                feature.to(dtype),
+                reference_patches(reference.to(dtype), HANDLES, (32, 48), settings),
+                handles,
+                TARGETS,
+                (32, 48),
+                settings,
+            )
             for dtype in (torch.bfloat16, torch.float64)
         ]
         assert float(drag[0]) == pytest.approx(float(drag[1]), rel=1e-5)
         points = [
-            track_handles(feature.to(dtype), reference.to(dtype), handles, HANDLES, (32, 48), settings)
+            track_handles(
+                feature.to(dtype), templates(reference.to(dtype), HANDLES, (32, 48)), handles, (32, 48), settings
+            )
             for dtype in (torch.bfloat16, torch.float64)
         ]
         assert torch.equal(*points)

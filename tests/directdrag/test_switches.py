@@ -14,11 +14,11 @@ from ddengine.backends.eager import EagerPasses
 from ddengine.config import RULES, DirectDragConfig
 from ddengine.directdrag.edit import edit
 from ddengine.directdrag.mask import edit_mask
-from ddengine.directdrag.motion import supervision_loss
+from ddengine.directdrag.motion import reference_patches, refuse_outside, supervision_loss
 from ddengine.directdrag.points import image_points, points_for
 from ddengine.directdrag.prepare import prepare
 from ddengine.directdrag.readout import readout_grid, readout_loss, skipped_updates
-from ddengine.directdrag.track import track_handles
+from ddengine.directdrag.track import templates, track_handles
 from ddengine.directdrag.warp import warp
 from ddengine.drags import Drag, fit
 from ddengine.errors import InputError
@@ -145,7 +145,9 @@ def supervised(name: str, handles: Tensor = HANDLES, **changes: Any) -> list[Ten
     feature, reference = noise(1, 6, 10, 12), noise(1, 6, 10, 12, seed=1)
     first = torch.tensor([[20.0, 14.0]])
     return [
-        supervision_loss(feature, reference, handles, first, TARGETS, (40, 48), config)
+        supervision_loss(
+            feature, reference_patches(reference, first, (40, 48), config), handles, TARGETS, (40, 48), config
+        )
         for config in both(name, **changes)
     ]
 
@@ -156,7 +158,9 @@ def ms_reference() -> None:
     # Where the features are the reference's own and the handle has not moved, both are the same.
     feature = noise(1, 6, 10, 12)
     equal = [
-        supervision_loss(feature, feature, HANDLES, HANDLES, TARGETS, (40, 48), config)
+        supervision_loss(
+            feature, reference_patches(feature, HANDLES, (40, 48), config), HANDLES, TARGETS, (40, 48), config
+        )
         for config in both("ms_reference")
     ]
     assert equal[0] == equal[1]
@@ -171,14 +175,18 @@ def ms_border() -> None:
     ours, theirs = supervised("ms_border")
     assert ours == theirs
     assert supervised("ms_reference", torch.tensor([[1.0, 2.0]]))[0].isfinite()
+    edge = torch.tensor([[1.0, 2.0]])
+    ours, theirs = both("ms_border")
+    refuse_outside(edge, edge, TARGETS, (40, 48), ours)
     with pytest.raises(InputError, match="leaves the feature grid"):
-        supervised("ms_border", torch.tensor([[1.0, 2.0]]))
+        refuse_outside(edge, edge, TARGETS, (40, 48), theirs)
 
 
 def track_pad() -> None:
     feature, reference = torch.full((1, 6, 10, 12), 50.0), torch.zeros(1, 6, 10, 12)
     handle = torch.tensor([[3.0, 4.0]])
-    ours, theirs = (track_handles(feature, reference, handle, handle, (40, 48), c) for c in both("track_pad"))
+    found = templates(reference, handle, (40, 48))
+    ours, theirs = (track_handles(feature, found, handle, (40, 48), c) for c in both("track_pad"))
     assert ours.tolist() == [[0.0, 0.0]] and theirs.tolist() == [[-9.0, -8.0]]
 
 
@@ -251,7 +259,8 @@ def test_track_lag(tiny_passes: EagerPasses) -> None:
     for config, index in ((ours, 2), (theirs, 1)):
         seen.clear()
         edited = edit(passes, source, HANDLES, TARGETS, config)
-        expected = track_handles(seen[index], source.reference.features[0], HANDLES, HANDLES, (40, 48), config)
+        template = templates(source.reference.features[0], HANDLES, (40, 48))
+        expected = track_handles(seen[index], template, HANDLES, (40, 48), config)
         assert torch.equal(edited.handles_yx, expected)
         assert len(seen) == (3 if config is ours else 2)
 

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddengine.kernels.sample_patches import drag_loss, sample_patches, supervision_step, track
+from ddengine.kernels.drag_loss import drag_loss, supervision_step
+from ddengine.kernels.sample_patches import sample_patches
+from ddengine.kernels.track import track
 
 
 def arrays(golden: Path, name: str) -> dict[str, Tensor]:
@@ -35,8 +37,8 @@ def test_golden_motion_supervision(golden: Path) -> None:
         part = {key.partition("_")[2]: value for key, value in stored.items() if key.startswith(f"c{case}_")}
         moving, latent = part["F1"].requires_grad_(), part["x_prev"].requires_grad_()
         step, active = supervision_step(part["handles_yx"], part["targets_yx"], float(stored["beta"]), 2)
-        patches = sample_patches(moving, part["handles_yx"] + step, 4, (128, 128))
-        drag = drag_loss(sample_patches(part["F0"], part["handles_init_yx"], 4, (128, 128)), patches, active, 64)
+        reference = sample_patches(part["F0"], part["handles_init_yx"], 4, (128, 128))
+        drag = drag_loss(moving, part["handles_yx"] + step, reference, active, 64, 4, (128, 128))
         background = ((1 - part["interp_mask"]) * (latent - part["orig_prev"]).abs()).sum()
         total = drag + float(stored["lam"]) * background
         assert float(drag.detach()) == pytest.approx(float(part["drag_loss"]), rel=1e-5)
