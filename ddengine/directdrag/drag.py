@@ -14,49 +14,64 @@ from ddengine.directdrag.adam import adam_table
 from ddengine.directdrag.motion import reference_patches, refuse_outside
 from ddengine.directdrag.readout import skipped_updates
 from ddengine.directdrag.run import Run
-from ddengine.directdrag.step import HANDLES, RAN, Goal, Rules, State, look, step
+from ddengine.directdrag.step import HANDLES, RAN, Goal, Observe, Rules, State, look, step
 from ddengine.directdrag.track import templates
 from ddengine.models.network import Observation
 from ddengine.schedule import Schedule, coefficients
 
 
 class Unit(Protocol):
-    """A drag step as a backend carries it out; the plain functions of `step.py` are one."""
+    """A drag step as a backend carries it out.
 
-    reads: bool  # whether the host may look at the state after every iteration without holding the device up
+    reads: whether the host may look at the state after every iteration without holding the device up. fixed: whether
+    it wants the same shapes again, edits that are no longer dragged included and points padded to a power of two.
+    """
 
-    def step(self, state: State, goal: Goal, k: int, skip: int) -> State: ...
+    reads: bool
+    fixed: bool
 
-    def look(self, state: State, goal: Goal) -> State: ...
+    def step(self, state: State, goal: Goal, k: int, skip: int, run: Run) -> State:
+        """Iteration `k`, of which the first `skip` move no latent."""
+        ...
+
+    def look(self, state: State, goal: Goal, run: Run) -> State:
+        """What follows the last iteration: see `step.look`."""
+        ...
 
 
 class PlainUnit:
     """The step's functions called as they are: the behaviour every other unit is held to."""
 
-    reads = True
+    reads, fixed = True, False
 
-    def __init__(self, passes: Passes, rules: Rules, run: Run) -> None:
-        self._passes, self._rules, self._run = passes, rules, run
+    def __init__(self, passes: Passes, rules: Rules) -> None:
+        self._passes, self._rules = passes, rules
         self._seen: tuple[Tensor, Tensor, Observation] | None = None
 
-    def step(self, state: State, goal: Goal, k: int, skip: int) -> State:
-        after = step(self._observe, state, goal, self._rules, k, skip)
+    def step(self, state: State, goal: Goal, k: int, skip: int, run: Run) -> State:
+        after = step(self._observer(run), state, goal, self._rules, k, skip)
         if after.latent is not state.latent:
-            self._run.count("drag", backward=1)
+            run.count("drag", backward=1)
             self._seen = None  # and with it the graph
         return after
 
-    def look(self, state: State, goal: Goal) -> State:
+    def look(self, state: State, goal: Goal, run: Run) -> State:
         with torch.no_grad():
-            return look(self._observe, state, goal, self._rules)
+            after = look(self._observer(run), state, goal, self._rules)
+        self._seen = None
+        return after
 
-    def _observe(self, latent: Tensor, timestep: Tensor) -> tuple[Tensor, Observation]:
+    def _observer(self, run: Run) -> Observe:
         """One network call, and none for a latent that has not changed since the last."""
-        if self._seen is None or self._seen[0] is not latent:
-            leaf = latent.detach().requires_grad_()
-            self._run.count("drag", forward=1)
-            self._seen = latent, leaf, self._passes.supervise(leaf, timestep, readout_hw=self._rules.readout_hw)
-        return self._seen[1:]
+
+        def observe(latent: Tensor, timestep: Tensor) -> tuple[Tensor, Observation]:
+            if self._seen is None or self._seen[0] is not latent:
+                leaf = latent.detach().requires_grad_()
+                run.count("drag", forward=1)
+                self._seen = latent, leaf, self._passes.supervise(leaf, timestep, readout_hw=self._rules.readout_hw)
+            return self._seen[1:]
+
+        return observe
 
 
 def make_goal(
@@ -132,7 +147,7 @@ def drag(
     config, count = rules.config, iterations(rules.config)
     skip = int(goal.skip.min()) if config.amp_skip != "none" else 0
     for k in range(count):
-        state = unit.step(state, goal, k, skip)
+        state = unit.step(state, goal, k, skip, run)
         stopped = unit.reads and not bool(state.active.any())
         if config.ms_border == "refuse":
             _refuse(state, k, goal, first_handles_yx, rules)
@@ -141,7 +156,7 @@ def drag(
         if stopped:
             break
     if not config.track_lag and not bool(state.fresh.all()):
-        state = unit.look(state, goal)
+        state = unit.look(state, goal, run)
     return state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.denoise import ReferenceRow, predict_noise
-from ddengine.directdrag.drag import PlainUnit, drag, iterations, make_goal
+from ddengine.directdrag.drag import PlainUnit, Unit, drag, iterations, make_goal
+from ddengine.directdrag.late import Newest
 from ddengine.directdrag.mask import edit_mask, feature_mask, latent_mask
 from ddengine.directdrag.prepare import Prepared
 from ddengine.directdrag.readout import readout_grid, uses_readout
@@ -22,6 +24,8 @@ from ddengine.directdrag.warp import warp
 from ddengine.errors import InputError
 from ddengine.models.unet import KeyValue
 from ddengine.schedule import ddim_step, predicted_image
+
+MakeUnit: TypeAlias = Callable[[Passes, Rules], Unit]
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,11 @@ def edit(
     *,
     user_mask: Tensor | None = None,
     progress: Callable[[Step], None] | None = None,
+    unit: MakeUnit = PlainUnit,
 ) -> Edited:
     """`edit_batch` of a single `Task`."""
-    (edited,) = edit_batch(passes, [Task(prepared, handles_yx, targets_yx, user_mask)], config, progress=progress)
+    task = Task(prepared, handles_yx, targets_yx, user_mask)
+    (edited,) = edit_batch(passes, [task], config, progress=progress, unit=unit)
     return edited
 
 
@@ -92,36 +98,44 @@ def edit_batch(
     config: DirectDragConfig,
     *,
     progress: Callable[[Step], None] | None = None,
+    unit: MakeUnit = PlainUnit,
 ) -> tuple[Edited, ...]:
     """Drag handles to targets in prepared pictures of one size, all in one batch. (DirectDrag, the main loop of AIDD.)
 
     Each edit comes out as it would alone, up to rounding. Raises InputError for settings a source was not prepared
     with, a mask of another size or pictures of several sizes, and whatever `progress` raises; what is prepared is never
-    changed. `progress` is told points and latents of a single edit, and of several only how far they are.
+    changed. `progress` is told points and latents of a single edit, and of several only how far they are. unit: makes
+    what carries the drag steps out.
     """
     run = Run(passes.device, progress)
     guided = uses_readout(config, passes)
-    first = _checked(tasks, config, guided)
-    feature_hw, times, spacing = first.feature_hw, first.times, first.spacing
-    rules = Rules(config, feature_hw, readout_grid(config, first.inverted) if guided else None)
+    like = _checked(tasks, config, guided)
+    times, spacing = like.times, like.spacing
+    rules = Rules(config, like.feature_hw, readout_grid(config, like.inverted) if guided else None)
 
     with run.stage("warp"):
         starts = [_start(passes, task, config) for task in tasks]
         latent = torch.cat([start.latent for start in starts])
         background = torch.cat([start.background for start in starts])
-        handles_yx, targets_yx, valid = padded([(start.handles_yx, start.targets_yx) for start in starts])
+        drags = unit(passes, rules)
+        handles_yx, targets_yx, valid = padded(
+            [(start.handles_yx, start.targets_yx) for start in starts], to_power_of_two=drags.fixed
+        )
         first_handles_yx, alone = handles_yx, len(tasks) == 1
-        run.report("warp", 1, 1, points_yx=handles_yx[0] if alone else None)
+        counts = [len(task.handles_yx) for task in tasks]
+        run.report("warp", 1, 1, points_yx=starts[0].handles_yx if alone else None)
 
     unedited = _UneditedRows(passes, tasks, run)
-    unit = PlainUnit(passes, rules, run)
     still = torch.zeros(len(tasks), dtype=torch.int64, device=passes.device)
     finished = torch.zeros_like(still, dtype=torch.bool)
+    newest = Newest()
     records: list[list[Record]] = [[] for _ in tasks]
 
     def tell(state: State, done: int, total: int) -> None:
-        seen = predicted_image(passes.schedule, state.noise, t, state.latent) if alone and progress else None
-        run.report("drag", done, total, points_yx=state.handles_yx[0] if alone else None, latent=seen)
+        if progress is not None:
+            seen = predicted_image(passes.schedule, state.noise, t, state.latent) if alone else None
+            points = (state.handles_yx if drags.reads else newest(state.handles_yx))[0, : counts[0]]
+            run.report("drag", done, total, points_yx=points if alone else None, latent=seen)
 
     for number, t in enumerate(times):
         # Once a time the host looks which edits are still dragged; the others go on with mutual attention.
@@ -130,49 +144,44 @@ def edit_batch(
             dragged = (~finished & (still != config.max_track_no_change)).nonzero().flatten().tolist()
         noise: dict[int, Tensor] = {}
         if dragged:
-            references = [tasks[edit].prepared.reference for edit in dragged]
+            who = list(range(len(tasks))) if drags.fixed else dragged
+            references = [tasks[edit].prepared.reference for edit in who]
+            active = torch.tensor([edit in dragged for edit in who], device=latent.device)
             with run.stage("drag"):
                 goal = make_goal(
                     passes.schedule,
                     t,
                     spacing,
-                    latent=latent[dragged],
-                    first_handles_yx=first_handles_yx[dragged],
-                    targets_yx=targets_yx[dragged],
-                    valid=valid[dragged],
+                    latent=latent[who],
+                    first_handles_yx=first_handles_yx[who],
+                    targets_yx=targets_yx[who],
+                    valid=valid[who],
                     features=[reference.features[number] for reference in references],
                     before=torch.cat([reference.latents[number] for reference in references]),
                     after=torch.cat([reference.latents[number + 1] for reference in references]),
-                    background=background[dragged],
+                    background=background[who],
                     appearance=[reference.appearance[number] for reference in references if reference.appearance],
                     rules=rules,
                     rounding=passes.rounding,
                 )
-                state = begin(latent[dragged], handles_yx[dragged], still[dragged], iterations(config))
-                state = drag(
-                    unit,
-                    state,
-                    goal,
-                    rules,
-                    run,
-                    first_handles_yx=first_handles_yx[dragged],
-                    number=number,
-                    report=tell,
-                )
+                state = begin(latent[who], handles_yx[who], still[who], active, iterations(config))
+                first = first_handles_yx[who]
+                state = drag(drags, state, goal, rules, run, first_handles_yx=first, number=number, report=tell)
+            places = torch.tensor(who, device=latent.device)
             latent, handles_yx, still, finished = (
-                whole.index_copy(0, torch.tensor(dragged, device=whole.device), part)
+                whole.index_copy(0, places, part)
                 for whole, part in (
                     (latent, state.latent),
                     (handles_yx, state.handles_yx),
                     (still, state.still),
-                    (finished, state.finished),
+                    (finished, state.finished | finished[who]),
                 )
             )
             history, fresh = state.history.tolist(), state.fresh.tolist()
-            for place, edit in enumerate(dragged):
-                records[edit] += _records([row[place] for row in history], number, t, int(valid[edit].sum()))
-                if fresh[place]:
-                    noise[edit] = state.noise[place : place + 1]
+            for place, edit in enumerate(who):
+                records[edit] += _records([row[place] for row in history], number, t, counts[edit])
+                if fresh[place] and edit in dragged:
+                    noise[edit] = state.noise[place : place + 1].clone()
         with run.stage("denoise"), torch.no_grad():
             settled = [edit for edit in range(len(tasks)) if edit not in dragged and config.mutual_attention]
             plain = [edit for edit in range(len(tasks)) if edit not in noise and edit not in settled]
@@ -184,7 +193,7 @@ def edit_batch(
             predicted = torch.cat([noise[edit] for edit in range(len(tasks))])
             preview = predicted_image(passes.schedule, predicted, t, latent) if alone else None
             latent = ddim_step(passes.schedule, predicted, t, latent, spacing)
-        points = handles_yx[0] if alone else None
+        points = handles_yx[0, : counts[0]] if alone else None
         run.report("denoise", number + 1, len(times), points_yx=points, latent=preview)
 
     ends: list[Tensor | None] = [None] * len(tasks)
@@ -231,9 +240,11 @@ def _start(passes: Passes, task: Task, config: DirectDragConfig) -> _Start:
     return _Start(latent, held, handles_yx, targets_yx, mask)
 
 
-def padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def padded(pairs: Sequence[tuple[Tensor, Tensor]], *, to_power_of_two: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Handles and targets of several edits, [n_b,2] each, as [B,n,2] with n the largest, and which are valid [B,n]."""
     most = max(len(handles) for handles, _ in pairs)
+    if to_power_of_two:
+        most = 1 << (most - 1).bit_length()
     filled = [[F.pad(points, (0, 0, 0, most - len(points))) for points in pair] for pair in pairs]
     handles, targets = (torch.stack(points) for points in zip(*filled, strict=True))
     counts = torch.tensor([len(points) for points, _ in pairs], device=handles.device)

@@ -94,8 +94,8 @@ class Rules:
     readout_hw: tuple[int, int] | None
 
 
-def begin(latent: Tensor, handles_yx: Tensor, still: Tensor, count: int) -> State:
-    """The state that enters a drag step of `count` iterations, all edits active, with a fresh Adam."""
+def begin(latent: Tensor, handles_yx: Tensor, still: Tensor, active: Tensor, count: int) -> State:
+    """The state that enters a drag step of `count` iterations, with a fresh Adam."""
     zeros, edits = torch.zeros_like(latent), latent.shape[0]
     whole = torch.zeros(edits, dtype=torch.int64, device=latent.device)
     nobody = whole.bool()
@@ -109,7 +109,7 @@ def begin(latent: Tensor, handles_yx: Tensor, still: Tensor, count: int) -> Stat
         iteration=whole.new_zeros(()),
         updates=whole,
         still=still,
-        active=~nobody,
+        active=active,
         finished=nobody,
         history=latent.new_zeros(count, edits, HANDLES + 2 * handles_yx.shape[1]),
     )

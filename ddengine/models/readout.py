@@ -92,6 +92,15 @@ class _Bottleneck(nn.Module):
 
 
 def _resize(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Bilinear resizing, pixel centres kept, as two products: the same bits each time, backwards too, on any device."""
     if tuple(x.shape[-2:]) == tuple(size_hw):
         return x
-    return F.interpolate(x, size=size_hw, mode="bilinear", align_corners=False)
+    rows, columns = (_axis(new, old, x) for new, old in zip(size_hw, x.shape[-2:], strict=True))
+    return rows @ x @ columns.T
+
+
+def _axis(new: int, old: int, like: Tensor) -> Tensor:
+    """The weights [new,old] by which cells of an axis are interpolated to another number of cells."""
+    place = (torch.arange(new, device=like.device) + 0.5) * (old / new) - 0.5
+    apart = place.clamp(0, old - 1)[:, None] - torch.arange(old, device=like.device)
+    return (1 - apart.abs()).clamp_min(0).to(like.dtype)

@@ -1,0 +1,185 @@
+"""The compiled drag step against the plain one: same numbers, one compilation for all drags, buffers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddengine.backends import aot
+from ddengine.config import DirectDragConfig
+from ddengine.directdrag.drag import PlainUnit, Unit, drag, iterations, make_goal
+from ddengine.directdrag.run import Run
+from ddengine.directdrag.step import Goal, Rules, State, begin
+from ddengine.directdrag.unit import CompiledUnit
+from ddengine.models.network import Observation
+from ddengine.schedule import Schedule
+from ddengine.store import ArtefactStore
+
+CPU = torch.device("cpu")
+SMALL = {"track_per_step": 2, "max_drag_per_track": 2, "r1": 2, "r2": 3, "d": 2, "reach": 1.0, "latent_lr": 0.05}
+RULES = Rules(DirectDragConfig.preset("default", **SMALL), (32, 40), (8, 10))
+
+
+class SmallNetwork(nn.Module):
+    """What a drag step sees of a network, at a thousandth of its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.noise = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
+        self.read = nn.Conv2d(12, 6, 1)
+        self.register_buffer("time_table", torch.randn(1000, 12))
+        self.requires_grad_(False)
+
+    def forward(self, latent: Tensor, timestep: Tensor, readout_hw: Any = None) -> Observation:
+        feature = torch.tanh(self.enter(latent) + self.time_table[timestep][:, :, None, None])
+        return Observation(self.noise(feature), feature, (self.read(feature),), ())
+
+
+class SmallPasses:
+    """The one pass that a drag step needs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def supervise(self, latent: Tensor, timestep: Tensor, readout_hw: Any = None) -> Observation:
+        return self.network(latent, timestep, readout_hw)
+
+
+def setting(network: nn.Module, pairs: int = 2, edits: int = 1, seed: int = 0) -> tuple[State, Goal, Tensor]:
+    """A state that enters a drag step, its goal and first handles; the last pair of each edit is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(edits, 4, 8, 10, generator=generator)
+    handles = torch.rand(edits, pairs, 2, generator=generator) * 20 + 4
+    targets = handles + 6 * torch.rand(edits, pairs, 2, generator=generator) - 3
+    with torch.no_grad():
+        seen = network(latent + 0.1, torch.tensor([741]))
+    goal = make_goal(
+        Schedule.from_config(),
+        741,
+        20,
+        latent=latent,
+        first_handles_yx=handles,
+        targets_yx=targets,
+        valid=torch.arange(pairs).expand(edits, -1) < max(pairs - 1, 1),
+        features=list(seen.feature.split(1)),
+        before=latent + 0.1,
+        after=latent + 0.05,
+        background=torch.rand(edits, 1, 8, 10, generator=generator).round(),
+        appearance=list(seen.appearance[0].split(1)),
+        rules=RULES,
+        rounding=1e-6,
+    )
+    everyone = torch.ones(edits, dtype=torch.bool)
+    return (
+        begin(latent, handles, torch.zeros(edits, dtype=torch.int64), everyone, iterations(RULES.config)),
+        goal,
+        handles,
+    )
+
+
+def states(unit: Unit, state: State, goal: Goal) -> list[State]:
+    """All states of a drag step, copied."""
+    found = []
+    for k in range(iterations(RULES.config)):
+        state = unit.step(state, goal, k, 0, Run(CPU))
+        found.append(State(*(tensor.clone() for tensor in state)))
+    found.append(State(*(tensor.clone() for tensor in unit.look(state, goal, Run(CPU)))))
+    return found
+
+
+def close(found: Sequence[State], wanted: Sequence[State]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        for name, a, b in zip(State._fields, one, other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) if a.is_floating_point() else torch.equal(a, b), name
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtefactStore:
+    return ArtefactStore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def network() -> SmallNetwork:
+    return SmallNetwork()
+
+
+def make_unit(network: nn.Module, store: ArtefactStore, **options: Any) -> CompiledUnit:
+    return CompiledUnit(SmallPasses(network), network, RULES, store, **options)
+
+
+@pytest.fixture(scope="module")
+def unit(network: SmallNetwork, store: ArtefactStore) -> CompiledUnit:
+    return make_unit(network, store)
+
+
+def test_every_step_is_the_plain_one(network: SmallNetwork, unit: CompiledUnit) -> None:
+    state, goal, _ = setting(network)
+    wanted = states(PlainUnit(SmallPasses(network), RULES), state, goal)
+    close(states(unit, state, goal), wanted)
+    assert (wanted[-1].latent - state.latent).abs().max() > 0.05 and wanted[-1].updates.item() == 4
+
+
+def test_nothing_is_compiled_again(
+    network: SmallNetwork, unit: CompiledUnit, store: ArtefactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other points, drags, masks, latents, times and weights of the same shapes, in a new engine too."""
+    state, goal, _ = setting(network)
+    unit.step(state, goal, 0, 0, Run(CPU))
+    monkeypatch.setattr(aot, "_write", lambda *_: pytest.fail("compiled again"))
+    other = SmallNetwork()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    fresh = make_unit(other, ArtefactStore(store.root))
+    state, goal, _ = setting(other, seed=5)
+    goal = goal._replace(timestep=torch.tensor([301]), background=1 - goal.background)
+    close(states(fresh, state, goal), states(PlainUnit(SmallPasses(other), RULES), state, goal))
+
+
+def test_replays_use_their_own_buffers(network: SmallNetwork, store: ArtefactStore) -> None:
+    """Captured once, replayed on poisoned buffers: what is loaded decides, not what lay there."""
+    captured: list[Callable[[], None]] = []
+
+    def capture(body: Callable[[], None]) -> Callable[[], None]:
+        body()
+        captured.append(body)
+        return body
+
+    graphed = make_unit(network, store, capture=capture)
+    assert not graphed.reads
+    for seed in (0, 1):
+        state, goal, _ = setting(network, seed=seed)
+        for replayed in graphed._replays.values():
+            for buffer in (*replayed.state, *replayed.constants):
+                buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
+        kept = [tensor.clone() for tensor in (*state, *goal)]
+        close(states(graphed, state, goal), states(PlainUnit(SmallPasses(network), RULES), state, goal))
+        assert all(torch.equal(a, b) for a, b in zip(kept, (*state, *goal), strict=True))
+    assert len(captured) == 2  # the step and the look
+
+
+def test_the_loop_ends_as_with_the_plain_unit(network: SmallNetwork, unit: CompiledUnit) -> None:
+    """Handles that have arrived end it at once, and an edit that goes on does so whatever became of the other."""
+    state, goal, handles = setting(network)
+    near = goal._replace(targets_yx=handles + 0.1)
+    run = Run(CPU)
+    after = drag(unit, state, near, RULES, run, first_handles_yx=handles)
+    assert after.finished.all() and torch.equal(after.latent, state.latent) and after.fresh.all()
+    assert run.passes["drag"] == {"forward": 1, "backward": 1}
+
+
+def test_a_function_that_cannot_be_compiled_says_so(tmp_path: Path) -> None:
+    def bad(weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+        return [x if float(x.sum()) > 0 else weights[0]]
+
+    from ddengine.errors import BackendUnavailable
+
+    with pytest.raises(BackendUnavailable, match=r"bad could not be compiled by TorchInductor.*backend='eager'"):
+        aot.compiled("bad", bad, [torch.ones(2)], (torch.ones(2),), facts={}, store=ArtefactStore(tmp_path))
+    assert not ArtefactStore(tmp_path).entries()
