@@ -51,14 +51,15 @@ def compiled(
     *,
     facts: Mapping[str, Any],
     store: ArtefactStore,
+    make: bool = True,
     waiting: Callable[[], object] | None = None,
-) -> Compiled:
+) -> Compiled | None:
     """`function(weights, *example)` as a `Compiled`; from the store if it is there, else made, which takes minutes.
 
     function: of a list of weights and trees of tensors, to a flat sequence of tensors; all of the example's shapes.
     facts: everything else it was written for (settings, grids); the key adds shapes, strides, dtypes, the device, the
-    versions of torch and Triton and this package's source. waiting: see `ArtefactStore.make`. Raises BackendUnavailable
-    where it cannot be compiled, with the reason and the remedy.
+    versions of torch and Triton and this package's source. make=False gives None where nothing is stored. waiting: see
+    `ArtefactStore.make`. Raises BackendUnavailable where it cannot be compiled, with the reason and the remedy.
     """
     leaves = pytree.tree_leaves(example)
     device = leaves[0].device
@@ -75,7 +76,9 @@ def compiled(
         log.info("compiling %s for %s: this takes minutes, once", name, device)
         return _write(folder, name, function, weights, example)
 
-    made = store.make("packages", known, write, waiting=waiting)
+    made = store.make("packages", known, write, waiting=waiting) if make else store.get("packages", known)
+    if made is None:
+        return None
     return Compiled(made.path(PACKAGE), device)
 
 

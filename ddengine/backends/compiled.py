@@ -35,24 +35,31 @@ class CompiledPasses(EagerPasses):
         context: Tensor | None = None,
         *,
         store: ArtefactStore,
+        strict: bool = True,
+        building: bool = False,
+        remedy: Callable[[Any], str] = lambda _: "run `ddengine build`",
         capture: Capture | None = None,
-        compile: Callable[..., Callable[..., Sequence[Tensor]]] = compiled,
+        compile: Callable[..., Callable[..., Sequence[Tensor]] | None] = compiled,
     ) -> None:
-        """capture, compile: stand-ins for a CUDA graph and for the compiler (tests); with a capture, also on a CPU."""
+        """strict: a missing package is an error, with what `remedy` says of its shape; building: it is compiled.
+
+        capture, compile: stand-ins for a CUDA graph and for the compiler (tests); with a capture, also on a CPU.
+        """
         super().__init__(model, context)
-        self.store = store
-        self._capture, self._compile = capture, compile
-        self._packaged = capture is not None or self.device.type == "cuda"
+        self.store, self.strict, self.building, self.remedy = store, strict, building, remedy
+        self.capture, self._compile = capture, compile
+        self.packaged = capture is not None or self.device.type == "cuda"
+        self.units: dict[Any, Any] = {}  # of the drag step, for as long as these passes live
         self._replays: dict[tuple[str, PassShape], Replayed] = {}
         self.rounding = ROUNDING[self.dtype]
 
     def encode(self, image: Tensor) -> Tensor:
-        if not self._packaged:
+        if not self.packaged:
             return super().encode(image)
         return self._replay("encode", _shape(image.shape, 1), image)[0]
 
     def predict(self, latent: Tensor, timestep: int | Tensor) -> Tensor:
-        if not self._packaged:
+        if not self.packaged:
             return super().predict(latent, timestep)
         return self._replay("predict", _shape(latent.shape), latent, timestep)[0].to(latent.dtype)
 
@@ -64,7 +71,7 @@ class CompiledPasses(EagerPasses):
         readout_hw: Size | None = None,
         readout_times: Sequence[int] | None = None,
     ) -> Observation:
-        if not self._packaged or readout_times is not None or (readout_hw is not None and not self.has_readout):
+        if not self.packaged or readout_times is not None or (readout_hw is not None and not self.has_readout):
             return super().reference(latent, timestep, readout_hw=readout_hw, readout_times=readout_times)
         shape = _shape(latent.shape, readout_hw=readout_hw)
         noise, feature, *rest = self._replay("reference", shape, latent, timestep)
@@ -73,13 +80,13 @@ class CompiledPasses(EagerPasses):
         return Observation(noise.to(latent.dtype), feature, tuple(maps), pairs)
 
     def denoise(self, latent: Tensor, timestep: int | Tensor, reference_kv: Sequence[KeyValue]) -> Tensor:
-        if not self._packaged:
+        if not self.packaged:
             return super().denoise(latent, timestep, reference_kv)
         flat = [tensor for pair in reference_kv for tensor in pair]
         return self._replay("denoise", _shape(latent.shape), latent, timestep, *flat)[0].to(latent.dtype)
 
     def decode(self, latent: Tensor) -> Tensor:
-        if not self._packaged:
+        if not self.packaged:
             return super().decode(latent)
         return self._replay("decode", _shape(latent.shape), latent)[0]
 
@@ -109,7 +116,7 @@ class CompiledPasses(EagerPasses):
         facts = {"pass": name, "shape": repr(shape), "modules": str(graph)}
         package = self._compile(f"pass {name}", function, weights, (inputs,), facts=facts, store=self.store)
         outputs = [torch.empty(one.shape, dtype=one.dtype, device=self.device) for one in graph.spec.outputs]
-        return Replayed(lambda _, constants: package(weights, list(constants)), outputs, inputs, self._capture)
+        return Replayed(lambda _, constants: package(weights, list(constants)), outputs, inputs, self.capture)
 
 
 def parameters_of(module: PassGraph | Network) -> tuple[list[str], list[Tensor]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ddengine.backends.passes import Passes
+from ddengine.backends.passes import Passes, Size
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.adam import adam_table
 from ddengine.directdrag.motion import reference_patches, refuse_outside
@@ -20,13 +21,29 @@ from ddengine.models.network import Observation
 from ddengine.schedule import Schedule, coefficients
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of a batch of drag steps: edits, pairs of points an edit, latent cells (rows, columns), channels of the
+    drag feature, [P,g,g'] of the readout maps (None without them) and the network's dtype.
+    """
+
+    edits: int
+    pairs: int
+    latent_hw: tuple[int, int]
+    channels: int
+    appearance: tuple[int, int, int] | None
+    dtype: torch.dtype
+
+
 class Unit(Protocol):
     """A drag step as a backend carries it out.
 
-    reads: whether the host may look at the state after every iteration without holding the device up. fixed: whether
-    it wants the same shapes again, edits that are no longer dragged included and points padded to a power of two.
+    name: what it is, for the result's account. reads: whether the host may look at the state after every iteration
+    without holding the device up. fixed: whether it wants the same shapes again, edits that are no longer dragged
+    included and points padded to a power of two.
     """
 
+    name: str
     reads: bool
     fixed: bool
 
@@ -44,12 +61,14 @@ class PlainUnit:
 
     reads, fixed = True, False
 
-    def __init__(self, passes: Passes, rules: Rules) -> None:
+    def __init__(self, passes: Passes, rules: Rules, reason: str = "") -> None:
+        """reason: why it is not another unit."""
         self._passes, self._rules = passes, rules
+        self.name = f"eager ({reason})" if reason else ""
         self._seen: tuple[Tensor, Tensor, Observation] | None = None
 
     def step(self, state: State, goal: Goal, k: int, skip: int, run: Run) -> State:
-        after = step(self._observer(run), state, goal, self._rules, k, skip)
+        after = step(self._observer(run, self._rules.readout_hw), state, goal, self._rules, k, skip)
         if after.latent is not state.latent:
             run.count("drag", backward=1)
             self._seen = None  # and with it the graph
@@ -57,18 +76,18 @@ class PlainUnit:
 
     def look(self, state: State, goal: Goal, run: Run) -> State:
         with torch.no_grad():
-            after = look(self._observer(run), state, goal, self._rules)
+            after = look(self._observer(run, None), state, goal, self._rules)
         self._seen = None
         return after
 
-    def _observer(self, run: Run) -> Observe:
+    def _observer(self, run: Run, readout_hw: Size | None) -> Observe:
         """One network call, and none for a latent that has not changed since the last."""
 
         def observe(latent: Tensor, timestep: Tensor) -> tuple[Tensor, Observation]:
             if self._seen is None or self._seen[0] is not latent:
                 leaf = latent.detach().requires_grad_()
                 run.count("drag", forward=1)
-                self._seen = latent, leaf, self._passes.supervise(leaf, timestep, readout_hw=self._rules.readout_hw)
+                self._seen = latent, leaf, self._passes.supervise(leaf, timestep, readout_hw=readout_hw)
             return self._seen[1:]
 
         return observe

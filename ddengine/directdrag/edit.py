@@ -13,19 +13,20 @@ from torch import Tensor
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.denoise import ReferenceRow, predict_noise
-from ddengine.directdrag.drag import PlainUnit, Unit, drag, iterations, make_goal
+from ddengine.directdrag.drag import StepShape, Unit, drag, iterations, make_goal
 from ddengine.directdrag.late import Newest
 from ddengine.directdrag.mask import edit_mask, feature_mask, latent_mask
 from ddengine.directdrag.prepare import Prepared
 from ddengine.directdrag.readout import readout_grid, uses_readout
 from ddengine.directdrag.run import Run, Step
 from ddengine.directdrag.step import HANDLES, MOVED, RAN, Rules, State, begin
+from ddengine.directdrag.unit import unit_for
 from ddengine.directdrag.warp import warp
 from ddengine.errors import InputError
 from ddengine.models.unet import KeyValue
 from ddengine.schedule import ddim_step, predicted_image
 
-MakeUnit: TypeAlias = Callable[[Passes, Rules], Unit]
+MakeUnit: TypeAlias = Callable[[Passes, Rules, StepShape], Unit]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Edited:
 
     latent: final [1,4,h,w], to be decoded. unedited: the same of no edit, None where `preserve` is off. handles_yx:
     tracked handles [n,2] on the feature grid. mask: [Hs,Ws] in 0..1. history: one record per latent update. passes,
-    timings: cost by stage, of the whole batch. readout: whether its term ran.
+    timings: cost by stage, of the whole batch. readout: whether its term ran. unit: what carried the drag steps out,
+    empty for the passes' own.
     """
 
     latent: Tensor
@@ -59,6 +61,7 @@ class Edited:
     passes: dict[str, dict[str, int]]
     timings: dict[str, float]
     readout: bool
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def edit(
     *,
     user_mask: Tensor | None = None,
     progress: Callable[[Step], None] | None = None,
-    unit: MakeUnit = PlainUnit,
+    unit: MakeUnit = unit_for,
 ) -> Edited:
     """`edit_batch` of a single `Task`."""
     task = Task(prepared, handles_yx, targets_yx, user_mask)
@@ -98,7 +101,7 @@ def edit_batch(
     config: DirectDragConfig,
     *,
     progress: Callable[[Step], None] | None = None,
-    unit: MakeUnit = PlainUnit,
+    unit: MakeUnit = unit_for,
 ) -> tuple[Edited, ...]:
     """Drag handles to targets in prepared pictures of one size, all in one batch. (DirectDrag, the main loop of AIDD.)
 
@@ -117,7 +120,8 @@ def edit_batch(
         starts = [_start(passes, task, config) for task in tasks]
         latent = torch.cat([start.latent for start in starts])
         background = torch.cat([start.background for start in starts])
-        drags = unit(passes, rules)
+        most = max(len(task.handles_yx) for task in tasks)
+        drags = unit(passes, rules, _step_shape(like, len(tasks), most, guided))
         handles_yx, targets_yx, valid = padded(
             [(start.handles_yx, start.targets_yx) for start in starts], to_power_of_two=drags.fixed
         )
@@ -210,6 +214,7 @@ def edit_batch(
             run.passes,
             run.seconds,
             guided,
+            drags.name,
         )
         for edit, start in enumerate(starts)
     )
@@ -274,6 +279,20 @@ class _UneditedRows:
     def end(self, edit: int, times: Sequence[int]) -> Tensor:
         """The final latent [1,4,h,w] of no edit."""
         return self._rows[edit].end(times)
+
+
+def _step_shape(prepared: Prepared, edits: int, pairs: int, guided: bool) -> StepShape:
+    reference, inverted = prepared.reference, prepared.inverted
+    feature = reference.features[0] if reference.features else inverted
+    maps = reference.appearance[0].shape[1:] if guided and reference.appearance else None
+    return StepShape(
+        edits,
+        1 << (pairs - 1).bit_length(),
+        (inverted.shape[-2], inverted.shape[-1]),
+        feature.shape[1],
+        None if maps is None else (maps[0], maps[1], maps[2]),
+        feature.dtype,
+    )
 
 
 def _checked(tasks: Sequence[Task], config: DirectDragConfig, guided: bool) -> Prepared:

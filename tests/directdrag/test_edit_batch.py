@@ -71,11 +71,11 @@ def check(found: Edited, wanted: Edited) -> None:
         assert one.total_loss == pytest.approx(other.total_loss, rel=1e-2)
 
 
-@pytest.mark.parametrize("unit", [PlainUnit, FixedUnit])
+@pytest.mark.parametrize("kind", [PlainUnit, FixedUnit])
 def test_each_edit_is_its_single_run(
-    tiny_passes: EagerPasses, tasks: list[Task], alone: list[Edited], unit: Any
+    tiny_passes: EagerPasses, tasks: list[Task], alone: list[Edited], kind: Any
 ) -> None:
-    together = edit_batch(tiny_passes, tasks, CONFIG, unit=unit)
+    together = edit_batch(tiny_passes, tasks, CONFIG, unit=lambda passes, rules, _: kind(passes, rules))
     for found, wanted in zip(together, alone, strict=True):
         check(found, wanted)
     assert not together[2].history and len(together[0].history) == 8

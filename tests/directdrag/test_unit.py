@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ddengine.backends import aot
+from ddengine.backends.compiled import CompiledPasses
 from ddengine.config import DirectDragConfig
-from ddengine.directdrag.drag import PlainUnit, Unit, drag, iterations, make_goal
+from ddengine.directdrag.drag import PlainUnit, StepShape, Unit, drag, iterations, make_goal
 from ddengine.directdrag.run import Run
 from ddengine.directdrag.step import Goal, Rules, State, begin
-from ddengine.directdrag.unit import CompiledUnit
+from ddengine.directdrag.unit import CompiledUnit, unit_for
+from ddengine.errors import BackendUnavailable
 from ddengine.models.network import Observation
 from ddengine.schedule import Schedule
 from ddengine.store import ArtefactStore
@@ -41,11 +43,13 @@ class SmallNetwork(nn.Module):
         return Observation(self.noise(feature), feature, (self.read(feature),), ())
 
 
-class SmallPasses:
-    """The one pass that a drag step needs."""
+class SmallPasses(CompiledPasses):
+    """The one pass that a drag step needs, and where its packages lie."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    def __init__(self, network: nn.Module, store: ArtefactStore | None = None, capture: Any = None) -> None:
+        self.network, self.store, self.capture, self.packaged = network, store, capture, capture is not None
+        self.units, self.strict, self.building = {}, True, False
+        self.remedy = lambda shape: f"build it for {shape.pairs}"
 
     def supervise(self, latent: Tensor, timestep: Tensor, readout_hw: Any = None) -> Observation:
         return self.network(latent, timestep, readout_hw)
@@ -109,8 +113,13 @@ def network() -> SmallNetwork:
     return SmallNetwork()
 
 
-def make_unit(network: nn.Module, store: ArtefactStore, **options: Any) -> CompiledUnit:
-    return CompiledUnit(SmallPasses(network), network, RULES, store, **options)
+SHAPE = StepShape(1, 2, (8, 10), 12, (6, 8, 10), torch.float32)
+
+
+def make_unit(network: nn.Module, store: ArtefactStore, capture: Any = None) -> CompiledUnit:
+    made = CompiledUnit(SmallPasses(network, store, capture), RULES)
+    assert not made.open(SHAPE, make=True)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +187,17 @@ def test_a_function_that_cannot_be_compiled_says_so(tmp_path: Path) -> None:
     def bad(weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         return [x if float(x.sum()) > 0 else weights[0]]
 
-    from ddengine.errors import BackendUnavailable
-
     with pytest.raises(BackendUnavailable, match=r"bad could not be compiled by TorchInductor.*backend='eager'"):
         aot.compiled("bad", bad, [torch.ones(2)], (torch.ones(2),), facts={}, store=ArtefactStore(tmp_path))
     assert not ArtefactStore(tmp_path).entries()
+
+
+def test_nothing_is_compiled_unasked(network: SmallNetwork, store: ArtefactStore, tmp_path: Path) -> None:
+    """What is built is used; what is not is an error of the named backend, and in `auto` a plain step that says why."""
+    assert unit_for(SmallPasses(network, store), RULES, SHAPE).fixed
+    passes = SmallPasses(network, ArtefactStore(tmp_path))
+    with pytest.raises(BackendUnavailable, match=r"no compiled drag step for 80 x 64 pixels.*2 points; build it for 2"):
+        unit_for(passes, RULES, SHAPE)
+    passes.strict = False
+    unit = unit_for(passes, RULES, SHAPE)
+    assert isinstance(unit, PlainUnit) and unit.name.startswith("eager (no compiled drag step")
