@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         InputError,
         ModelError,
     )
+    from ddengine.models.identity import LoRA
     from ddengine.progress import Progress
     from ddengine.result import EditResult
     from ddengine.source import Source
@@ -31,6 +32,7 @@ __all__ = [
     "edit",
     "Engine",
     "Source",
+    "LoRA",
     "EditResult",
     "Drag",
     "DirectDragConfig",
@@ -48,6 +50,7 @@ _HOME = {
     "edit": "ddengine.engine",
     "Engine": "ddengine.engine",
     "Source": "ddengine.source",
+    "LoRA": "ddengine.models.identity",
     "EditResult": "ddengine.result",
     "Drag": "ddengine.drags",
     "DirectDragConfig": "ddengine.config",

@@ -94,6 +94,13 @@ def check_picture_path(path: StrPath) -> Path:
     return check_writable(path)
 
 
+def check_tensors_path(path: StrPath) -> Path:
+    """`check_writable`, and the suffix must be .safetensors; InputError otherwise."""
+    if Path(path).suffix != ".safetensors":
+        raise InputError(f"cannot write {path}: it is no .safetensors name; end it in .safetensors")
+    return check_writable(path)
+
+
 def save_picture(image: Image.Image, path: StrPath) -> Path:
     """Write a picture atomically in the format its suffix names (PICTURE_FORMATS) and return the path.
 

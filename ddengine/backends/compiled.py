@@ -17,6 +17,7 @@ from ddengine.backends.eager import EagerPasses
 from ddengine.backends.graphs import PassGraph, PassShape, pass_graph
 from ddengine.backends.passes import Size
 from ddengine.backends.replay import Capture, Replayed
+from ddengine.errors import BackendUnavailable
 from ddengine.models.load import Model
 from ddengine.models.network import Network, Observation
 from ddengine.models.unet import KeyValue
@@ -37,7 +38,7 @@ class CompiledPasses(EagerPasses):
         store: ArtefactStore,
         strict: bool = True,
         building: bool = False,
-        remedy: Callable[[Any], str] = lambda _: "run `ddengine build`",
+        remedy: Callable[[Any], str] | None = None,
         capture: Capture | None = None,
         compile: Callable[..., Callable[..., Sequence[Tensor]] | None] = compiled,
     ) -> None:
@@ -46,22 +47,30 @@ class CompiledPasses(EagerPasses):
         capture, compile: stand-ins for a CUDA graph and for the compiler (tests); with a capture, also on a CPU.
         """
         super().__init__(model, context)
-        self.store, self.strict, self.building, self.remedy = store, strict, building, remedy
+        self.store, self.strict, self.building = store, strict, building
+        self.remedy = remedy or (lambda _: "run `ddengine build --backend compile`")
         self.capture, self._compile = capture, compile
         self.packaged = capture is not None or self.device.type == "cuda"
+        self.any_batch = not self.packaged
         self.units: dict[Any, Any] = {}  # of the drag step, for as long as these passes live
-        self._replays: dict[tuple[str, PassShape], Replayed] = {}
+        self._replays: dict[tuple[str, PassShape], Replayed | None] = {}
         self.rounding = ROUNDING[self.dtype]
 
-    def encode(self, image: Tensor) -> Tensor:
+    def account(self) -> str:
+        """What runs the gradient-free passes, in words."""
         if not self.packaged:
-            return super().encode(image)
-        return self._replay("encode", _shape(image.shape, 1), image)[0]
+            return "eager (on a CPU the drag step alone is compiled)"
+        missing = [name for (name, _), replayed in self._replays.items() if replayed is None]
+        kept = f"eager (no compiled {', '.join(dict.fromkeys(missing))})"
+        return kept if missing else "compile (packages, replayed as CUDA graphs)"
+
+    def encode(self, image: Tensor) -> Tensor:
+        found = self._replay("encode", _shape(image.shape, 1), image)
+        return super().encode(image) if found is None else found[0]
 
     def predict(self, latent: Tensor, timestep: int | Tensor) -> Tensor:
-        if not self.packaged:
-            return super().predict(latent, timestep)
-        return self._replay("predict", _shape(latent.shape), latent, timestep)[0].to(latent.dtype)
+        found = self._replay("predict", _shape(latent.shape), latent, timestep)
+        return super().predict(latent, timestep) if found is None else found[0].to(latent.dtype)
 
     def reference(
         self,
@@ -71,31 +80,41 @@ class CompiledPasses(EagerPasses):
         readout_hw: Size | None = None,
         readout_times: Sequence[int] | None = None,
     ) -> Observation:
-        if not self.packaged or readout_times is not None or (readout_hw is not None and not self.has_readout):
+        found = None
+        if readout_times is None and (readout_hw is None or self.has_readout):
+            found = self._replay("reference", _shape(latent.shape, readout_hw=readout_hw), latent, timestep)
+        if found is None:
             return super().reference(latent, timestep, readout_hw=readout_hw, readout_times=readout_times)
-        shape = _shape(latent.shape, readout_hw=readout_hw)
-        noise, feature, *rest = self._replay("reference", shape, latent, timestep)
+        noise, feature, *rest = found
         maps, kv = rest[: readout_hw is not None], rest[readout_hw is not None :]
         pairs = tuple(zip(kv[0::2], kv[1::2], strict=True))
         return Observation(noise.to(latent.dtype), feature, tuple(maps), pairs)
 
     def denoise(self, latent: Tensor, timestep: int | Tensor, reference_kv: Sequence[KeyValue]) -> Tensor:
-        if not self.packaged:
-            return super().denoise(latent, timestep, reference_kv)
         flat = [tensor for pair in reference_kv for tensor in pair]
-        return self._replay("denoise", _shape(latent.shape), latent, timestep, *flat)[0].to(latent.dtype)
+        found = self._replay("denoise", _shape(latent.shape), latent, timestep, *flat)
+        return super().denoise(latent, timestep, reference_kv) if found is None else found[0].to(latent.dtype)
 
     def decode(self, latent: Tensor) -> Tensor:
-        if not self.packaged:
-            return super().decode(latent)
-        return self._replay("decode", _shape(latent.shape), latent)[0]
+        found = self._replay("decode", _shape(latent.shape), latent)
+        return super().decode(latent) if found is None else found[0]
 
-    def _replay(self, name: str, shape: PassShape, *given: Any) -> list[Tensor]:
-        """One run of a pass; the results are copies, which the next run does not touch."""
-        key = (name, shape)
-        if key not in self._replays:
-            self._replays[key] = self._make(name, shape)
-        replayed = self._replays[key]
+    def open(self, name: str, shape: PassShape, *, make: bool) -> bool:
+        """Load, or with `make` compile, a pass at one size; whether it is there."""
+        if self._replays.get((name, shape)) is None:
+            self._replays[name, shape] = self._make(name, shape, make)
+        return self._replays[name, shape] is not None
+
+    def _replay(self, name: str, shape: PassShape, *given: Any) -> list[Tensor] | None:
+        """One run of a pass, None where it has no package; results are copies, which the next run leaves alone."""
+        if not self.packaged:
+            return None
+        if (name, shape) not in self._replays and not self.open(name, shape, make=self.building) and self.strict:
+            width, height = shape.image_hw[::-1]
+            raise BackendUnavailable(f"no compiled {name} for {width} x {height} pixels; {self.remedy(shape)}")
+        replayed = self._replays[name, shape]
+        if replayed is None:
+            return None
         # A time given as a number is written by the device: no pageable copy for the stream to wait for.
         for buffer, value in zip(replayed.constants, given, strict=True):
             # Keys and values of one picture spread over all edits of it.
@@ -104,7 +123,7 @@ class CompiledPasses(EagerPasses):
         return [buffer.clone() for buffer in replayed.state]
 
     @torch.no_grad()
-    def _make(self, name: str, shape: PassShape) -> Replayed:
+    def _make(self, name: str, shape: PassShape, make: bool) -> Replayed | None:
         graph = pass_graph(name, self.model, self.network, shape).eval()
         names, weights = parameters_of(graph)
         inputs = [tensor.to(self.device) for tensor in graph.make_inputs()]
@@ -114,7 +133,9 @@ class CompiledPasses(EagerPasses):
                 return functional_call(graph, dict(zip(names, given, strict=True)), tuple(tensors))
 
         facts = {"pass": name, "shape": repr(shape), "modules": str(graph)}
-        package = self._compile(f"pass {name}", function, weights, (inputs,), facts=facts, store=self.store)
+        package = self._compile(f"pass {name}", function, weights, (inputs,), facts=facts, store=self.store, make=make)
+        if package is None:
+            return None
         outputs = [torch.empty(one.shape, dtype=one.dtype, device=self.device) for one in graph.spec.outputs]
         return Replayed(lambda _, constants: package(weights, list(constants)), outputs, inputs, self.capture)
 

@@ -17,7 +17,7 @@ from ddengine.models.unet import KeyValue
 class EagerPasses:
     """`Passes` over a loaded model's own modules; holds one conditioning, shares the weights."""
 
-    rounding = 0.0
+    rounding, any_batch = 0.0, True
 
     def __init__(self, model: Model, context: Tensor | None = None) -> None:
         """`context`: a prompt embedding [1, n, D] (`prompt_context`); None is the model's empty prompt."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ddengine.backends.passes import Passes
+from ddengine.directdrag.memory import KeptKeyValues
 from ddengine.directdrag.reference import Reference
 from ddengine.directdrag.run import Run
 from ddengine.models.network import Observation
@@ -17,17 +18,18 @@ from ddengine.schedule import ddim_step
 class ReferenceRow:
     """The unedited picture beside the edit: each step's keys and values and its end, from memory or by walking along.
 
-    Both are the same whether they were kept or are made again.
+    Both are the same whether they were kept, and where, or are made again.
     """
 
     def __init__(self, passes: Passes, reference: Reference, spacing: int, run: Run) -> None:
-        self._passes, self._reference, self._spacing, self._run = passes, reference, spacing, run
+        self._passes, self._spacing, self._run = passes, spacing, run
         self._latents = list(reference.latents)
+        self._kept = None if reference.kv is None else KeptKeyValues(reference.kv, passes.device)
 
     def key_value(self, step: int, t: int) -> tuple[KeyValue, ...]:
         """Keys and values of denoising step `step` at time t; steps are asked for in order and without gaps."""
-        if self._reference.kv is not None:
-            return self._reference.kv[step]
+        if self._kept is not None:
+            return self._kept[step]
         return self._walk(step, t).kv
 
     def end(self, times: Sequence[int]) -> Tensor:

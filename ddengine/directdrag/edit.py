@@ -189,8 +189,8 @@ def edit_batch(
         with run.stage("denoise"), torch.no_grad():
             settled = [edit for edit in range(len(tasks)) if edit not in dragged and config.mutual_attention]
             plain = [edit for edit in range(len(tasks)) if edit not in noise and edit not in settled]
-            for group, mutual in ((plain, False), (settled, True)):
-                if group:
+            for members, mutual in ((plain, False), (settled, True)):
+                for group in _groups(members, passes.any_batch):
                     kv = unedited.key_value(group, number, t) if mutual else None
                     found = predict_noise(passes, latent[group], t, run, reference_kv=kv)
                     noise.update(zip(group, found.split(1), strict=True))
@@ -266,19 +266,31 @@ class _UneditedRows:
             if id(made) not in rows:
                 rows[id(made)] = ReferenceRow(passes, made.reference, made.spacing, run)
         self._rows = [rows[id(task.prepared)] for task in tasks]
+        self._step, self._found = -1, dict[int, tuple[KeyValue, ...]]()
 
     def key_value(self, edits: Sequence[int], number: int, t: int) -> tuple[KeyValue, ...]:
         """Keys and values [B or 1,tokens,C] of denoising step `number` at time t for some of the edits."""
+        if number != self._step:
+            self._step, self._found = number, {}
         rows = [self._rows[edit] for edit in edits]
-        found = {id(row): row.key_value(number, t) for row in {id(row): row for row in rows}.values()}
-        if len(found) == 1:
-            return found[id(rows[0])]
-        pairs = zip(*(found[id(row)] for row in rows), strict=True)
+        for row in rows:
+            if id(row) not in self._found:
+                self._found[id(row)] = row.key_value(number, t)
+        if len({id(row) for row in rows}) == 1:
+            return self._found[id(rows[0])]
+        pairs = zip(*(self._found[id(row)] for row in rows), strict=True)
         return tuple((torch.cat([k for k, _ in pair]), torch.cat([v for _, v in pair])) for pair in pairs)
 
     def end(self, edit: int, times: Sequence[int]) -> Tensor:
         """The final latent [1,4,h,w] of no edit."""
         return self._rows[edit].end(times)
+
+
+def _groups(members: list[int], together: bool) -> list[list[int]]:
+    """Members that go through a pass at once."""
+    if not members:
+        return []
+    return [members] if together else [[member] for member in members]
 
 
 def _step_shape(prepared: Prepared, edits: int, pairs: int, guided: bool) -> StepShape:

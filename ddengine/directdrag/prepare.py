@@ -11,17 +11,16 @@ from torch import Tensor
 from ddengine.backends.passes import Passes
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.invert import invert
+from ddengine.directdrag.memory import check_budget
 from ddengine.directdrag.readout import readout_grid, uses_readout
 from ddengine.directdrag.reference import Reference, follow
 from ddengine.directdrag.run import Run, Step
 from ddengine.errors import InputError
 
-KV_BUDGET = 1 << 30  # bytes of keys and values kept per source; a 512 x 512 picture needs 0.9 GiB in half precision
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture made ready for any number of edits.
+    """A picture made ready for any number of edits, none of which changes a tensor of it.
 
     work_hw, feature_hw: working size and feature grid (rows, columns). encoded z_0 and inverted z_T: [1,4,h,w].
     times: descending denoising times; spacing: distance of two times. config: what it was made with; an edit
@@ -66,14 +65,15 @@ def prepare(
     config: DirectDragConfig,
     progress: Callable[[Step], None] | None = None,
     *,
-    kv_budget: int = KV_BUDGET,
+    kv_budget: int | None = None,
 ) -> Prepared:
     """Encode and invert a picture and record its reference trajectory.
 
-    image: [1,3,H,W] in −1..1 at the working size. kv_budget: bytes; keys and values of the whole trajectory are kept
-    if they fit, otherwise each edit walks the unedited row again. Raises InputError, ModelError, and whatever
-    `progress` raises.
+    image: [1,3,H,W] in −1..1 at the working size. kv_budget: bytes of the device that the keys and values of the whole
+    trajectory may take, None for the default of `place_kv`; without a place each edit walks the unedited row again.
+    Raises InputError, ModelError, and whatever `progress` raises.
     """
+    check_budget(kv_budget)
     run = Run(passes.device, progress)
     guided = uses_readout(config, passes)
     times = passes.schedule.timesteps(config.n_inference_step, config.inversion_strength)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddengine.drags import VAE_REDUCTION
-from ddengine.errors import ModelError
+from ddengine.errors import InputError, ModelError
 from ddengine.models.cache import combined_digest, file_digest
 from ddengine.models.embedded import embedded_folder
 from ddengine.models.family import check_scheduler, check_unet, check_vae
@@ -73,6 +73,7 @@ def load_model(
     readout: str | Path | None = None,
     lora: str | Path | None = None,
     vae: str | Path | None = None,
+    size: int | None = None,
 ) -> Model:
     """Load "embedded", a local folder in diffusers' layout or a hub id of the Stable Diffusion 1.5 family.
 
@@ -81,6 +82,7 @@ def load_model(
     `readout.safetensors` if it has one. `lora`: file or folder, fused into the UNet. `vae`: folder or hub id
     of an autoencoder to use instead of the model's. Only .safetensors files are read. A folder may also hold
     `empty_embedding.safetensors` (then no text encoder is needed) and `model.json` with `{"size": pixels}`.
+    `size`: another working long side, a multiple of 8 from 64 to 4096.
 
     Errors: `InputError` for an unknown device or dtype; `ModelError` for everything wrong with files, each
     naming the file, what was expected and the remedy.
@@ -94,7 +96,7 @@ def load_model(
     # Everything small is read and checked first: a wrong model is refused before gigabytes are read.
     files = _find(model, readout, lora, vae, prefer_fp16=compute == torch.float16)
     schedule = Schedule.from_config(files.scheduler_config)
-    size = _working_size(files.folder, files.unet_config)
+    size = _working_size(files.folder, files.unet_config, size)
     text = TextEncoder(files.folder) if (files.folder / "text_encoder" / "config.json").is_file() else None
     context, context_digest = _empty_context(files, text)
 
@@ -219,8 +221,12 @@ def _empty_context(files: _Files, text: TextEncoder | None) -> tuple[Tensor, str
     return text.empty(), text.digest
 
 
-def _working_size(folder: Path, unet_config: dict[str, Any]) -> int:
-    """Working long side in pixels: `model.json`'s, else what the UNet was trained at."""
+def _working_size(folder: Path, unet_config: dict[str, Any], asked: int | None) -> int:
+    """Working long side in pixels: the one asked for, else `model.json`'s, else what the UNet was trained at."""
+    if asked is not None:
+        if not isinstance(asked, int) or isinstance(asked, bool) or not 64 <= asked <= 4096 or asked % VAE_REDUCTION:
+            raise InputError(f"size {asked!r} is not a multiple of {VAE_REDUCTION} from 64 to 4096; for example 512")
+        return asked
     if (folder / "model.json").is_file():
         origin, size = folder / "model.json", read_json(folder / "model.json").get("size")
     else:

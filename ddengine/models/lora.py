@@ -73,19 +73,30 @@ def fuse_lora(unet: nn.Module, file: Path, scale: float = 1.0) -> int:
     Per layer: W += scale * (alpha / rank) * up @ down, alpha from the file's tensors or its metadata, else
     the rank. All pairs are checked before the first weight is touched.
     """
-    import torch
-
     tensors, metadata = read_tensors(file)
+    deltas = lora_deltas(unet, tensors, metadata, file)
+    add_deltas(unet, deltas, scale)
+    return len(deltas)
+
+
+def lora_deltas(unet: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> dict[str, Tensor]:
+    """What a LoRA's tensors add to the weight of each layer, float32; `file` is where they came from, for messages."""
     modules = dict(unet.named_modules())
     pairs = _pairs(file, tensors, modules)
     alphas = _alphas(file, metadata)
-    deltas = {name: _delta(file, name, modules[name], factors, alphas) for name, factors in pairs.items()}
+    return {name: _delta(file, name, modules[name], factors, alphas) for name, factors in pairs.items()}
+
+
+def add_deltas(unet: nn.Module, deltas: dict[str, Tensor], scale: float = 1.0) -> None:
+    """Add `scale` times `lora_deltas` to the UNet's weights in place."""
+    import torch
+
+    modules = dict(unet.named_modules())
     with torch.no_grad():
         for name, delta in deltas.items():
             weight = modules[name].weight
             assert isinstance(weight, torch.Tensor)
             weight.copy_(weight.to(torch.float32) + scale * delta.to(weight.device))
-    return len(deltas)
 
 
 def _pairs(file: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, _Factors]:

@@ -113,3 +113,19 @@ def test_pictures_of_one_size_only(tiny_passes: EagerPasses, tasks: list[Task]) 
         edit_batch(tiny_passes, [tasks[0], Task(tall, tasks[0].handles_yx, tasks[0].targets_yx)], CONFIG)
     with pytest.raises(InputError, match="no edits"):
         edit_batch(tiny_passes, [], CONFIG)
+
+
+def test_passes_for_single_latents_get_single_latents(
+    tiny_passes: EagerPasses, tasks: list[Task], alone: list[Edited]
+) -> None:
+    class Single(EagerPasses):
+        any_batch = False
+
+        def denoise(self, latent: Tensor, timestep: Any, reference_kv: Any) -> Tensor:
+            assert len(latent) == 1
+            return super().denoise(latent, timestep, reference_kv)
+
+    passes = Single(tiny_passes.model)
+    together = edit_batch(passes, tasks[:2], CONFIG, unit=lambda given, rules, _: PlainUnit(given, rules))
+    for found, wanted in zip(together, alone, strict=False):
+        check(found, wanted)

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from ddengine.backends import aot
 from ddengine.backends.compiled import CompiledPasses
+from ddengine.backends.eager import EagerPasses
 from ddengine.config import DirectDragConfig
+from ddengine.directdrag import unit as unit_module
 from ddengine.directdrag.drag import PlainUnit, StepShape, Unit, drag, iterations, make_goal
+from ddengine.directdrag.edit import edit
+from ddengine.directdrag.packages import compile_packages
+from ddengine.directdrag.prepare import prepare
 from ddengine.directdrag.run import Run
 from ddengine.directdrag.step import Goal, Rules, State, begin
 from ddengine.directdrag.unit import CompiledUnit, unit_for
@@ -201,3 +206,32 @@ def test_nothing_is_compiled_unasked(network: SmallNetwork, store: ArtefactStore
     passes.strict = False
     unit = unit_for(passes, RULES, SHAPE)
     assert isinstance(unit, PlainUnit) and unit.name.startswith("eager (no compiled drag step")
+
+
+def test_packages_of_a_size_are_compiled_ahead_of_time(
+    make_tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shape that edits of one size have, once each; what they are called with is what was opened."""
+    made: list[tuple[str, Any]] = []
+
+    def stand_in(name: str, function: Any, weights: Any, example: Any, **_: Any) -> Any:
+        made.append((name, example))
+        return lambda given, *trees: function(given, *trees)
+
+    monkeypatch.setattr(unit_module, "compiled", stand_in)
+    passes = CompiledPasses(make_tiny_model(), store=ArtefactStore(tmp_path))
+    config = DirectDragConfig.preset("default", n_inference_step=8, drag_end_step=1, **SMALL)
+    told: list[tuple[str, int, int]] = []
+    packages = compile_packages(passes, (64, 80), config, pairs=(1, 3, 4), report=lambda *at: told.append(at))
+    assert [package.shape for package in packages] == ["1 x 1 points", "1 x 4 points"] and told[-1] == ("", 2, 2)
+    assert [name for name, _ in made] == ["drag step", "drag look"] * 2
+    made.clear()
+    # An edit of three points opens nothing more, and its tensors have the shapes of the packages' examples.
+    source = prepare(passes, torch.rand(1, 3, 64, 80) * 2 - 1, config)
+    points = torch.tensor([[20.0, 12.0], [9.0, 9.0], [14.0, 25.0]])
+    passes.building = True
+    edited = edit(passes, source, points, points + 4, config)
+    assert edited.unit.startswith("compile") and len(edited.history) == 4 and edited.handles_yx.shape == (3, 2)
+    assert [name for name, _ in made] == ["drag step", "drag look"]  # a unit of its own, of the same shapes
+    plain = edit(EagerPasses(passes.model), source, points, points + 4, config)
+    assert edited.history[0].drag_loss == pytest.approx(plain.history[0].drag_loss, rel=1e-4)

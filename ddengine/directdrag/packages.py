@@ -1,0 +1,71 @@
+"""All that edits of one size run under the `compile` backend, compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ddengine.backends.compiled import CompiledPasses
+from ddengine.backends.graphs import PASSES, PassShape, pass_graph
+from ddengine.config import DirectDragConfig
+from ddengine.directdrag.drag import StepShape
+from ddengine.directdrag.readout import uses_readout
+from ddengine.directdrag.step import Rules
+from ddengine.directdrag.unit import CompiledUnit
+
+Report = Callable[[str, int, int], None]  # what is being compiled, how many are done, of how many
+
+
+@dataclass(frozen=True)
+class Package:
+    """What was compiled, or was there: a pass or the drag step, and for which shape."""
+
+    name: str
+    shape: str
+
+
+def compile_packages(
+    passes: CompiledPasses,
+    image_hw: tuple[int, int],
+    config: DirectDragConfig,
+    *,
+    edits: int = 1,
+    pairs: Sequence[int] = (1, 2),
+    report: Report = lambda _name, _done, _total: None,
+) -> list[Package]:
+    """Compile what edits of a working size (rows, columns) lack: the drag step for each number of pairs, rounded up to
+    a power of two, and on CUDA the gradient-free passes.
+
+    report may raise to stop: what is finished by then stays. Raises BackendUnavailable where something cannot be
+    compiled, ModelError for readout guidance without a head.
+    """
+    latent_hw = (image_hw[0] // 8, image_hw[1] // 8)
+    grid = None
+    if uses_readout(config, passes):
+        grid = (config.rg_grid, config.rg_grid) if config.rg_grid else latent_hw
+    shape = PassShape(image_hw, readout_hw=grid)
+    outputs = {one.name: one for one in pass_graph("reference", passes.model, passes.network, shape).spec.outputs}
+    maps = outputs["appearance"].shape[1:] if grid else None
+    unit = CompiledUnit(passes, Rules(config, (image_hw[0] // 2, image_hw[1] // 2), grid))
+    work: list[tuple[Package, Callable[[], object]]] = []
+    for count in sorted({1 << (most - 1).bit_length() for most in pairs}):
+        step = StepShape(
+            edits,
+            count,
+            latent_hw,
+            outputs["feature"].shape[1],
+            None if maps is None else (maps[0], maps[1], maps[2]),
+            passes.dtype,
+        )
+        name = Package("drag step", f"{edits} x {count} points")
+        work.append((name, lambda step=step: unit.open(step, make=True)))
+    if passes.packaged:
+        for name in PASSES:
+            for one in dict.fromkeys([shape, PassShape(image_hw)]) if name == "reference" else [PassShape(image_hw)]:
+                made = Package(name, f"{image_hw[1]} x {image_hw[0]}")
+                work.append((made, lambda name=name, one=one: passes.open(name, one, make=True)))
+    for number, (package, run) in enumerate(work):
+        report(package.name, number, len(work))
+        run()
+    report("", len(work), len(work))
+    return [package for package, _ in work]
