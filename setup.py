@@ -1,7 +1,7 @@
 """Packaging of ddengine: an explicit package list, with the repository's top-level folders mapped below `ddengine`.
 
-`kernels/`, `bench/` and `examples/` stand at the top of the repository because people look for them there, but they are
-installed as `ddengine.kernels`, `ddengine.bench` and `ddengine.examples`, so nothing of ours claims those bare names.
+`kernels/`, `export/`, `bench/` and `examples/` stand at the top of the repository because people look for them there,
+but they are installed below `ddengine` (`ddengine.kernels` and so on), so nothing of ours claims those bare names.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from setuptools.errors import OptionError
 
 MAPPED = {
     "ddengine.kernels": "kernels",
+    "ddengine.export": "export",
     "ddengine.bench": "bench",
     "ddengine.examples": "examples",
 }
 PACKAGES = [
     "ddengine",
     "ddengine.backends",
+    "ddengine.backends.tensorrt",
     "ddengine.directdrag",
+    "ddengine.metrics",
     "ddengine.models",
     "ddengine.scenes",
     "ddengine.training",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,28 @@ def main() -> None:
 
 
 FILE = click.Path(path_type=Path)
-MINUTES = click.FloatRange(min=0, min_open=True)
+MINUTES = POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+build_option = click.option(
+    "--build", is_flag=True, help="First build what the backend lacks for this picture's size; takes minutes."
+)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that take a picture to a model: which model, and under what prompt."""
+    options = (
+        click.option("--prompt", default="", help="What the picture shows; never needed."),
+        click.option(
+            "--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id."
+        ),
+        click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model."),
+        click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights."),
+        click.option("--vae", type=FILE, help="Folder of another VAE."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @main.command(cls=EditCommand)
@@ -55,20 +77,17 @@ MINUTES = click.FloatRange(min=0, min_open=True)
 )
 @click.option("-o", "--output", type=FILE, required=True, help="Picture to write; its suffix is its format.")
 @click.option("--mask", type=FILE, help="Picture of the same size: white may change, black stays.")
-@click.option("--prompt", default="", help="What the picture shows; never needed.")
-@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
-@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
-@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
-@click.option("--vae", type=FILE, help="Folder of another VAE.")
+@model_options
+@click.option("--identity", is_flag=True, help="First fit a LoRA to IMAGE, so that the model knows what it shows.")
+@click.option("--save-identity", type=FILE, help="Write that LoRA to this .safetensors file, for --lora.")
 @click.option("--method", type=click.Choice(["directdrag"]), default="directdrag", show_default=True)
 @engine_options
+@build_option
 @click.option(
     "--config",
     "preset",
-    default="default",
-    show_default=True,
     metavar="PRESET",
-    help="Named configuration; see below.",
+    help="Named configuration; see below. [default: default, or that of a prepared IMAGE]",
 )
 @click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
 @seed_option
@@ -83,45 +102,71 @@ def edit(
     readout: Path | None,
     lora: Path | None,
     vae: Path | None,
+    identity: bool,
+    save_identity: Path | None,
     method: str,
     backend: str,
     device: str,
     dtype: str,
-    preset: str,
+    build: bool,
+    preset: str | None,
     settings: tuple[tuple[str, str], ...],
     seed: int,
     progress: bool,
 ) -> Answer:
-    """Edit IMAGE by one or more drags."""
-    from ddengine.artifacts import check_picture_path
+    """Edit IMAGE, a picture or what `ddengine prepare` made of one, by one or more drags."""
+    from ddengine.artifacts import check_picture_path, check_tensors_path
     from ddengine.config import DirectDragConfig
     from ddengine.drags import parse_drags
     from ddengine.image import read_image
     from ddengine.request import ANY_SIZE, checked_mask, spaces_for
+    from ddengine.source_reader import SUFFIX, read_header
 
     # All that the user can have got wrong is found before the seconds that torch and the weights take.
     for given in (image, mask):
         if given is not None and _same_file(given, output):
             raise InputError(f"{output} is the input itself; name another file with -o")
     check_picture_path(output)
-    picture = read_image(image)
-    checked = parse_drags(drags, *picture.size)
-    area = checked_mask(mask, picture.size)
-    config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
-    spaces_for(picture, ANY_SIZE, config)
+    if save_identity is not None:
+        if not identity:
+            raise InputError(f"--save-identity {save_identity} has nothing to save; add --identity")
+        check_tensors_path(save_identity)
+    made = read_header(image) if image.suffix == SUFFIX else None
+    if made is not None and identity:
+        raise InputError(
+            f"--identity is fitted before a picture is prepared, and {image} is prepared; give the picture"
+        )
+    picture: Any = None if made else read_image(image)
+    size = made.image_size if made else picture.size
+    checked = parse_drags(drags, *size)
+    area = checked_mask(mask, size)
+    base = made.config if made and preset is None else DirectDragConfig.preset(preset or "default")
+    config = base.changed_from_strings(dict(settings))
+    if picture is not None:
+        spaces_for(picture, ANY_SIZE, config)
 
     from ddengine.engine import Engine
+    from ddengine.source import Source
 
     started = time.perf_counter()
-    engine = Engine.load(model=model, backend=backend, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae)
+    where = {"backend": backend, "device": device, "dtype": dtype, "build": build}
+    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, **where)
     loading = time.perf_counter() - started
+    fitted, fitting = None, 0.0
+    if identity:
+        started = time.perf_counter()
+        fitted = engine.fit_identity(picture, prompt=prompt, seed=seed, progress=progress)
+        fitting = time.perf_counter() - started
+        if save_identity is not None:
+            fitted.save(save_identity)
     result = engine.edit(
-        picture,
+        Source.load(image, device=engine.model.device) if made else picture,
         checked,
         method=method,
         mask=area,
         prompt=prompt,
         config=config,
+        identity=fitted,
         seed=seed,
         progress=progress,
     )
@@ -143,12 +188,86 @@ def edit(
         "backend": result.backend,
         "config": config.to_dict(),
         "seed": seed,
-        "timings": {**result.timings, "load": loading, "total": result.timings["total"] + loading},
+        "timings": {
+            **result.timings,
+            **({"identity": fitting} if identity else {}),
+            "load": loading,
+            "total": result.timings["total"] + loading + fitting,
+        },
         "passes": result.passes,
         "history": result.history,
         "notes": result.notes,
     }
     return facts, _edit_text(facts)
+
+
+@main.command()
+@click.argument("image", type=FILE)
+@click.option("-o", "--output", metavar="FILE.safetensors", type=FILE, required=True)
+@model_options
+@engine_options
+@build_option
+@click.option(
+    "--config",
+    "preset",
+    default="default",
+    show_default=True,
+    metavar="PRESET",
+    help="Named configuration, as of edit.",
+)
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
+@click.option(
+    "--kv/--no-kv", default=True, show_default=True, help="Keep keys and values: most of the file, faster edits."
+)
+@answering
+def prepare(
+    image: Path,
+    output: Path,
+    prompt: str,
+    model: str,
+    readout: Path | None,
+    lora: Path | None,
+    vae: Path | None,
+    backend: str,
+    device: str,
+    dtype: str,
+    build: bool,
+    preset: str,
+    settings: tuple[tuple[str, str], ...],
+    kv: bool,
+    progress: bool,
+) -> Answer:
+    """Do for IMAGE all that no drag changes; `ddengine edit FILE.safetensors` then pays only for its drags."""
+    from ddengine.artifacts import check_tensors_path
+    from ddengine.config import DirectDragConfig
+    from ddengine.image import read_image
+    from ddengine.request import ANY_SIZE, spaces_for
+
+    check_tensors_path(output)
+    picture = read_image(image)
+    config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+    spaces_for(picture, ANY_SIZE, config)
+
+    from ddengine.engine import Engine
+
+    started = time.perf_counter()
+    where = {"backend": backend, "device": device, "dtype": dtype, "build": build}
+    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, **where)
+    loading = time.perf_counter() - started
+    source = engine.prepare(picture, prompt=prompt, config=config, progress=progress)
+    source.save(output, kv=kv)
+    written = output.stat().st_size
+    facts = {
+        "output": str(output),
+        "size": list(picture.size),
+        "bytes": {**source.nbytes._asdict(), "file": written},
+        "model": model,
+        "config": config.to_dict(),
+        "timings": {**source.timings, "load": loading, "total": time.perf_counter() - started},
+        "passes": source.passes,
+    }
+    width, height = picture.size
+    return facts, f"wrote {output} ({width} x {height}, {written / 2**20:.1f} MiB)"
 
 
 def _edit_text(facts: dict[str, Any]) -> str:
@@ -191,6 +310,124 @@ def demo(output: Path, backend: str, device: str, dtype: str, progress: bool) ->
 
 
 @main.command()
+@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
+@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
+@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
+@click.option("--vae", type=FILE, help="Folder of another VAE.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    help="Working size in pixels: a side, or WIDTHxHEIGHT. Repeatable. [default: the model's, square]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt", "compile"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What will run them.",
+)
+@click.option(
+    "--precision", default="auto", show_default=True, help="auto (what edits use), float32, bfloat16 or float16."
+)
+@device_option
+@click.option("--batch", type=click.IntRange(1, 64), default=1, show_default=True, help="Edits at once.")
+@click.option(
+    "--points",
+    type=click.IntRange(1, 64),
+    multiple=True,
+    help="compile: drags of an edit, rounded up to 1, 2, 4, ... Repeatable. [default: 1]",
+)
+@click.option(
+    "--config", "preset", default="default", show_default=True, metavar="PRESET", help="compile: of the edits."
+)
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="compile: one setting of it. Repeatable.")
+@click.option("--prompt", is_flag=True, help="For edits with a prompt.")
+@click.option("--readout-grid", type=click.IntRange(1, 4096), help="Side of the readout maps, where rg_grid is set.")
+@click.option("--cache", type=FILE, help="Folder to keep them in; edits find them there with DDENGINE_CACHE=FOLDER.")
+@answering
+def build(
+    model: str,
+    readout: Path | None,
+    lora: Path | None,
+    vae: Path | None,
+    sizes: tuple[str, ...],
+    backend: str,
+    precision: str,
+    device: str,
+    batch: int,
+    points: tuple[int, ...],
+    preset: str,
+    settings: tuple[tuple[str, str], ...],
+    prompt: bool,
+    readout_grid: int | None,
+    cache: Path | None,
+    progress: bool,
+) -> Answer:
+    """Build the network passes of edits, or compile their drag step, ahead of time; what is built stays as it is."""
+    from ddengine.backends.sizes import parse_size
+
+    checked = tuple(parse_size(size) for size in sizes)
+    if backend == "compile":
+        from ddengine.config import DirectDragConfig
+
+        config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+
+        from ddengine.directdrag.packages import compile_model
+
+        parts = {"readout": readout, "lora": lora, "vae": vae, "device": device, "dtype": precision}
+        packages = compile_model(
+            model, checked, config, edits=batch, pairs=points or (1,), cache=cache, progress=progress, **parts
+        )
+        lines = [f"there  {one.name:<16}{one.shape}" for one in packages]
+        facts = [{"name": one.name, "shape": one.shape} for one in packages]
+        return {"backend": backend, "model": model, "programs": facts}, "\n".join(
+            [*lines, "edits like these can run with --backend compile"]
+        )
+
+    from ddengine.backends.build import build_model, built_text
+
+    parts = {"readout": readout, "lora": lora, "vae": vae, "precision": precision, "device": device}
+    built = build_model(
+        model,
+        backend,
+        checked,
+        **parts,
+        batch=batch,
+        prompt=prompt,
+        readout_grid=readout_grid,
+        cache=cache,
+        progress=progress,
+    )
+    return {"backend": backend, "model": model, "programs": built}, built_text(built, backend)
+
+
+@main.group("cache")
+def cache_group() -> None:
+    """What is kept in the cache folder; `ddengine info` lists it."""
+
+
+@cache_group.command("clear")
+@click.option("--cache", type=FILE, help="Folder that `ddengine build --cache` was given.")
+@answering
+def clear_cache(cache: Path | None) -> Answer:
+    """Remove everything that was built: graphs, engines, compiled packages."""
+    from ddengine.models.cache import cache_dir
+    from ddengine.store import ArtefactStore
+
+    folder = cache or cache_dir()
+    cleared = ArtefactStore(folder).clear()
+    text = f"removed {cleared.entries} entries ({cleared.bytes / 1e6:.1f} MB) from {folder}"
+    busy = f"; left {cleared.busy} that another process is making" if cleared.busy else ""
+    return {
+        "folder": str(folder),
+        "entries": cleared.entries,
+        "bytes": cleared.bytes,
+        "busy": cleared.busy,
+    }, text + busy
+
+
+@main.command()
 @answering
 def info() -> Answer:
     """Versions, devices, backends and why others do not work, embedded model, cache."""
@@ -209,21 +446,15 @@ def convert_readout(source: Path, output: Path) -> Answer:
 
     No code in IN.pt is run: it is read as tensors and plain containers, or refused.
     """
-    _check_head_path(output)
+    from ddengine.artifacts import check_tensors_path
+
+    check_tensors_path(output)
 
     from ddengine.models.readout_io import convert_readout as convert
 
     shape = convert(source, output)
     facts = {"output": str(output), "dims": list(shape.dims), "projection": shape.projection}
     return facts, f"wrote {output}: {len(shape.dims)} layers, projection {shape.projection}"
-
-
-def _check_head_path(output: Path) -> None:
-    from ddengine.artifacts import check_writable
-
-    if output.suffix != ".safetensors":
-        raise InputError(f"cannot write {output}: it is no .safetensors name; end it in .safetensors")
-    check_writable(output)
 
 
 @main.command("train-embedded")
@@ -276,7 +507,9 @@ def train_readout(
     model: str, output: Path, minutes: float, triplets: int, seed: int, device: str, progress: bool
 ) -> Answer:
     """Train a readout head for a model, on pictures that ddengine draws itself."""
-    _check_head_path(output)
+    from ddengine.artifacts import check_tensors_path
+
+    check_tensors_path(output)
 
     from ddengine.models.load import load_model
     from ddengine.training.readout import make
@@ -311,3 +544,118 @@ def bench_scenes(
     engine = Engine.load(model, backend=backend, device=device, dtype=dtype)
     facts = scenes.measure(engine, count, output, rows=ablation, progress=progress)
     return facts, scenes.table(facts["summary"])
+
+
+@bench.command("limit")
+@click.option(
+    "--gpu", "gpus", multiple=True, help="h200, h100, a100, 4090, ...; all that are known if none. Repeatable."
+)
+@click.option("--size", type=click.IntRange(64, 2048), default=512, show_default=True, help="Side of a square picture.")
+@click.option("--config", "preset", default="default", show_default=True, metavar="PRESET")
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
+@click.option("--savings", is_flag=True, help="What each saving removes from the published structure, too.")
+@click.option("--step-ms", type=POSITIVE, help="Measured on the one GPU: a drag step, for our share of the limit.")
+@click.option("--edit-ms", type=POSITIVE, help="Measured on the one GPU: a first edit.")
+@answering
+def bench_limit(
+    gpus: tuple[str, ...],
+    size: int,
+    preset: str,
+    settings: tuple[tuple[str, str], ...],
+    savings: bool,
+    step_ms: float | None,
+    edit_ms: float | None,
+) -> Answer:
+    """The least time an edit takes on a GPU, counted at the Stable Diffusion 1.5 shape; needs no GPU."""
+    from ddengine.bench.devices import devices
+    from ddengine.config import DirectDragConfig
+
+    chosen = devices(gpus, measured=step_ms is not None or edit_ms is not None)
+    config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+
+    from ddengine.bench import roofline
+
+    facts = roofline.limit(chosen, size=size, config=config, savings=savings, step_ms=step_ms, edit_ms=edit_ms)
+    return facts, roofline.text(facts)
+
+
+@bench.command("kernels")
+@click.option("--compile", "compile_only", is_flag=True, help="Only compile, and report; needs no GPU.")
+@click.option("--sm", "targets", type=int, multiple=True, help="Compile for this architecture (90) alone. Repeatable.")
+@click.option("-o", "--output", type=FILE, default="out/kernels.json", show_default=True, help="JSON to write.")
+@device_option
+@answering
+def bench_kernels(compile_only: bool, targets: tuple[int, ...], output: Path, device: str, progress: bool) -> Answer:
+    """Speed of the method's own operators, and what their Triton kernels take of a GPU."""
+    if compile_only:
+        from ddengine.bench import compile_report
+
+        reports = compile_report.compile_all(targets, progress=progress)
+        return compile_report.facts(reports), compile_report.table(reports)
+
+    from ddengine.bench import kernels
+    from ddengine.models.place import resolve_device
+
+    facts = kernels.run(resolve_device(device), output, progress=progress)
+    return facts, kernels.table(facts)
+
+
+@bench.command("waterfall")
+@click.option("--shape", type=click.Choice(["embedded", "sd15"]), default="embedded", show_default=True, help="Model.")
+@device_option
+@click.option("--dtype", default="auto", show_default=True, help="Of the engine: auto, float32, bfloat16 or float16.")
+@click.option("--config", "preset", default="default", show_default=True, metavar="PRESET")
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
+@click.option("--steps", type=click.IntRange(min=1), help="About so many updates an edit; all of them if not given.")
+@click.option("--compile", is_flag=True, help="The compiled bars too; what is not built yet takes minutes to build.")
+@click.option("--batch", type=click.IntRange(2, 64), default=4, show_default=True, help="Edits of the last bar.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Samples of every bar.")
+@click.option("-o", "--output", type=FILE, default="out/waterfall.json", show_default=True, help="JSON to write.")
+@click.option("--plot", type=FILE, help="Picture to draw, .png or .svg; needs matplotlib.")
+@answering
+def bench_waterfall(
+    shape: str,
+    device: str,
+    dtype: str,
+    preset: str,
+    settings: tuple[tuple[str, str], ...],
+    steps: int | None,
+    compile: bool,
+    batch: int,
+    rounds: int,
+    output: Path,
+    plot: Path | None,
+    progress: bool,
+) -> Answer:
+    """Where the time of an edit goes: the published structure, then one saving more a bar, in one process."""
+    from ddengine.artifacts import check_writable
+    from ddengine.config import DirectDragConfig
+
+    config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+    if plot is not None:
+        check_writable(plot)
+
+    import torch
+
+    from ddengine.bench import waterfall, waterfall_view
+    from ddengine.models.place import resolve_device, resolve_dtype
+
+    if plot is not None:
+        waterfall_view.check_plot(plot)
+    on = resolve_device(device)
+    computes = resolve_dtype(dtype, on)
+    facts = waterfall.run(
+        output,
+        shape=shape,
+        device=on,
+        half=None if computes == torch.float32 else computes,
+        config=config,
+        updates=steps,
+        compile=compile,
+        batch=batch,
+        rounds=rounds,
+        progress=progress,
+    )
+    if plot is not None:
+        waterfall_view.plot(facts, plot)
+    return facts, waterfall_view.text(facts)

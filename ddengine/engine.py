@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddengine.backends import create_passes, select_backend
+from ddengine.backends import create_passes, make_ready, select_backend, what_ran
+from ddengine.backends.build import build_command
+from ddengine.backends.engines import Wanted, wanted_passes
+from ddengine.backends.graphs import PassShape
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag.decode import decode
-from ddengine.directdrag.edit import Edited, Record
-from ddengine.directdrag.edit import edit as drag_edit
+from ddengine.directdrag.drag import StepShape
+from ddengine.directdrag.edit import Edited, Record, Task, edit_batch
 from ddengine.directdrag.mask import work_mask
+from ddengine.directdrag.memory import check_budget
 from ddengine.directdrag.points import image_points, points_for
 from ddengine.directdrag.prepare import prepare
 from ddengine.directdrag.preserve import change_weight, composite
+from ddengine.directdrag.readout import uses_readout
 from ddengine.directdrag.run import Step
 from ddengine.drags import Drag, Spaces, parse_drags
 from ddengine.errors import InputError
 from ddengine.image import read_image, resize, to_pixels, to_tensor
+from ddengine.memory_errors import memory_errors
+from ddengine.models.identity import LoRA
 from ddengine.models.load import Model, load_model
 from ddengine.progress import Progress, Reporter, reporter
 from ddengine.request import (
@@ -49,17 +56,24 @@ if TYPE_CHECKING:
     from ddengine.backends.passes import Passes
 
 SMALL_MODEL = 256  # working pixels along the long side up to which one CPU thread serves a model best
+KNOWN_IDENTITIES = 8  # whose sources may be edited without naming the identity again; at rank 16 and SD 1.5 13 MB each
 STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode")
 
 
 class Engine:
     """A model on a device behind a backend. Safe to call from several threads: edits run one after the other."""
 
-    def __init__(self, model: Model, backend: str = "auto") -> None:
+    def __init__(
+        self, model: Model, backend: str = "auto", *, build: bool = False, described: Sequence[str] = ()
+    ) -> None:
+        """build: see `load`. described: the command line's words for the model, to name in messages."""
         self.model = model
         self.backend = select_backend(backend)
+        self._build, self._described = build, tuple(described)
         self._lock = threading.RLock()
-        self._passes: dict[str, Passes] = {}
+        self._passes: dict[str, tuple[str, Passes]] = {}  # by the model's digest, for one prompt
+        self._fused: Model | None = None  # the model with the identity last used
+        self._identities: dict[str, LoRA] = {}  # by the digest of the model with it, the last used last
 
     @classmethod
     def load(
@@ -72,16 +86,25 @@ class Engine:
         readout: str | Path | None = None,
         lora: str | Path | None = None,
         vae: str | Path | None = None,
+        size: int | None = None,
+        build: bool = False,
     ) -> Engine:
         """Load a model: "embedded", a diffusers folder or a hub id of the Stable Diffusion 1.5 family.
 
-        readout: a readout head (.safetensors); lora: a folder or file, fused; vae: another autoencoder.
+        readout: a readout head (.safetensors); lora: a folder or file, fused; vae: another autoencoder. size: long side
+        of the working pictures in pixels, a multiple of 8 (default: what the model was made for). build: what the
+        named backend lacks for a picture's size is built before its first edit, which takes minutes; otherwise a
+        BackendUnavailable says what to run.
         Raises ModelError, BackendUnavailable, or InputError for an unknown device, dtype or backend.
         """
         select_backend(backend)  # refuse before the weights are read
         with torch.inference_mode(False):  # what is made in that mode can never take part in a gradient
-            loaded = load_model(model, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae)
-        return cls(loaded, backend)
+            loaded = load_model(model, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae, size=size)
+        parts = {"readout": readout, "lora": lora, "vae": vae, "device": device, "precision": dtype}
+        words = ["--model", str(model)]
+        for name, value in parts.items():
+            words += [f"--{name}", str(value)] if value not in (None, "auto") else []
+        return cls(loaded, backend, build=build, described=words)
 
     def prepare(
         self,
@@ -89,18 +112,57 @@ class Engine:
         *,
         prompt: str = "",
         config: DirectDragConfig | str | None = None,
+        identity: LoRA | None = None,
+        budget: int | None = None,
         progress: bool | Reporter | None = None,
     ) -> Source:
         """Encode, invert and record a picture, so that each later edit of it pays only for its drag.
 
         image: a path, PIL.Image or uint8 array [H, W, 3]. Edits may change everything in `config` but the trajectory
-        (an edit with another one is refused). Raises InputError, ModelError, Cancelled.
+        (an edit with another one is refused). identity: as in `edit`, which then uses the same. budget: bytes of the
+        device that the keys and values of the trajectory may take (a picture of 512 x 512: 0.83 GiB in half precision);
+        by default a quarter of a GPU's free memory, elsewhere 1 GiB. Beyond it they are kept in a GPU's host, and where
+        there is no room, or with 0, made again in each edit, to the same pixels. Raises InputError, ModelError,
+        Cancelled.
         """
         settings = checked_settings(config)
+        check_budget(budget)
+        self._check_identity(identity)
         picture = read_image(image)
         plan = plan_of(settings, only_prepare=True)
         with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model):
-            return self._prepare(picture, prompt, settings, report)
+            return self._prepare(picture, prompt, self._model_with(identity), settings, report, budget)
+
+    def fit_identity(
+        self,
+        image: Any,
+        steps: int = 70,
+        rank: int = 16,
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        compile: bool | None = None,
+        progress: bool | Reporter | None = None,
+    ) -> LoRA:
+        """Fit a LoRA to a picture, so that the model knows what it shows; edits with it are as fast as without.
+
+        image: what `prepare` takes. compile: torch.compile for the training step; None does so where this engine's
+        backend is "compile" and its device a GPU, never on a CPU. The engine's own weights stay as they are; equal
+        seeds give equal LoRAs. Raises InputError, ModelError, Cancelled, and BackendUnavailable without PEFT.
+        """
+        from ddengine.training.identity import check_fit, fit
+
+        seed = checked_seed(seed)
+        check_fit(steps, rank)
+        picture = read_image(image)
+        if compile is None:
+            compile = self.backend.name == "compile" and self.model.device.type == "cuda"
+        plan = {"identity": steps}
+        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
+            return fit(
+                self.model, picture, prompt=prompt, steps=steps, rank=rank, seed=seed, compile=compile,
+                report=lambda step, total: report(Progress("identity", step, total)),
+            )  # fmt: skip
 
     def edit(
         self,
@@ -111,6 +173,7 @@ class Engine:
         mask: Any = None,
         prompt: str = "",
         config: DirectDragConfig | str | None = None,
+        identity: LoRA | None = None,
         seed: int = 0,
         progress: bool | Reporter | None = None,
     ) -> EditResult:
@@ -118,79 +181,206 @@ class Engine:
 
         image: a `Source`, or what `prepare` takes. drags: pairs ((x, y), (x, y)) or `Drag`, in pixels of the upright
         picture. mask: picture-sized, white where the picture may change; with `preserve`, black pixels stay (default:
-        found from the drags). prompt: optional text. config: a preset's name or a DirectDragConfig. seed: 0 to 2**63 -
-        1, seeds torch for the edit, which itself draws no random numbers. progress: None, True (a bar) or a callable.
-        The caller's random state and gradient mode are left alone. Raises InputError, ModelError, Cancelled.
+        found from the drags). prompt: optional text. config: a preset's name or a DirectDragConfig (default: the
+        `Source`'s own). identity: a LoRA from `fit_identity`; a `Source` prepared with one is edited with it. seed: 0
+        to 2**63 - 1, seeds torch for the edit, which itself draws no random numbers. progress: None, True (a bar) or a
+        callable. The caller's random state and gradient mode are left alone. Raises InputError, ModelError, Cancelled.
         """
         check_method(method)
         started = time.perf_counter()
-        settings, seed = checked_settings(config), checked_seed(seed)
+        settings, seed = _settings_for(image, config), checked_seed(seed)
         source = image if isinstance(image, Source) else None
         picture = source.image if source is not None else read_image(image)
         arrows = parse_drags(drags, *picture.size)
         area = checked_mask(mask, picture.size)
+        self._check_identity(identity)
         if source is not None:
-            self._check(source, prompt)
+            identity = self._check(source, prompt, identity)
         plan = plan_of(settings, prepared=source is not None)
         with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
-            ready = source or self._prepare(picture, prompt, settings, report)
-            result = self._edit(ready, arrows, area, settings, report)
+            model = self._model_with(identity)
+            ready = source or self._prepare(picture, prompt, model, settings, report, editing=True)
+            before = dict.fromkeys(STAGES[1:4], "prepared before")
+            if source is None:
+                before = what_ran(self._passes_for(prompt, model), self.backend, editing=False)
+            (result,) = self._edit([ready], [arrows], [area], model, settings, report)
         if source is None:
             result.timings.update({stage: ready.timings.get(stage, 0.0) for stage in ("encode", "invert", "reference")})
             result.passes.update(ready.passes)
+        result.backend.update(before)
         result.timings["total"] = time.perf_counter() - started
         return result
 
-    def _prepare(self, picture: Image.Image, prompt: str, config: DirectDragConfig, report: Reporter) -> Source:
-        passes = self._passes_for(prompt)
+    def edit_batch(
+        self,
+        edits: Iterable[Sequence[Any]],
+        *,
+        prompt: str = "",
+        config: DirectDragConfig | str | None = None,
+        identity: LoRA | None = None,
+        seed: int = 0,
+        progress: bool | Reporter | None = None,
+    ) -> list[EditResult]:
+        """Several edits at once, each as `edit` would do it up to rounding; their pictures have one working size.
+
+        edits: (image, drags) or (image, drags, mask), each part as in `edit`; equal pictures are prepared once if they
+        are given as one object, best as a `Source`. The other arguments hold for all. timings and passes of every
+        result are the batch's; `progress` tells no points and no previews. Raises what `edit` does.
+        """
+        started = time.perf_counter()
+        wanted = _checked_batch(edits)
+        settings, seed = _settings_for(wanted[0][0], config), checked_seed(seed)
+        self._check_identity(identity)
+        given: dict[int, Any] = {id(image): image for image, _, _ in wanted}
+        pictures = {
+            key: image.image if isinstance(image, Source) else read_image(image) for key, image in given.items()
+        }
+        arrows = [parse_drags(drags, *pictures[id(image)].size) for image, drags, _ in wanted]
+        areas = [checked_mask(mask, pictures[id(image)].size) for image, _, mask in wanted]
+        found = [self._check(image, prompt, identity) for image in given.values() if isinstance(image, Source)]
+        if len({one and one.digest for one in found}) > 1:
+            raise InputError("the sources of a batch were prepared with different identities; edit them one by one")
+        identity = found[0] if found else identity
+        plan = plan_of(settings, prepared=True)
+        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
+            model = self._model_with(identity)
+            sources = {
+                key: image
+                if isinstance(image, Source)
+                else self._prepare(pictures[key], prompt, model, settings, report)
+                for key, image in given.items()
+            }
+            ready = [sources[id(image)] for image, _, _ in wanted]
+            if len({source.prompt for source in ready}) > 1:
+                raise InputError("the sources of a batch were prepared with different prompts; edit them one by one")
+            results = self._edit(ready, arrows, areas, model, settings, report)
+        for result in results:
+            result.timings["total"] = time.perf_counter() - started
+        return results
+
+    def _prepare(
+        self,
+        picture: Image.Image,
+        prompt: str,
+        model: Model,
+        config: DirectDragConfig,
+        report: Reporter,
+        budget: int | None = None,
+        editing: bool = False,
+    ) -> Source:
+        passes = self._passes_for(prompt, model)
         spaces = spaces_for(picture, self.model.size, config)
+        # All that the edit will run too: what is missing is said, or built, before minutes of work.
+        make_ready(passes, _wanted(passes, config, spaces, preparing=True, editing=editing), report)
         kind = "antialias" if config.resize == "fit" else "bilinear"
         work = resize(to_tensor(picture), spaces.work_size, kind).to(passes.device)
-        prepared = prepare(passes, work, config, _teller(report, passes, config, spaces))
-        return Source(picture, spaces, prepared, self.model.digest, prompt, passes.device, passes.dtype)
+        with memory_errors(passes.device, spaces.work_hw):
+            prepared = prepare(passes, work, config, _teller(report, passes, config, spaces), kv_budget=budget)
+        return Source(picture, spaces, prepared, model.digest, prompt, passes.device, passes.dtype)
 
     def _edit(
         self,
-        source: Source,
-        drags: tuple[Drag, ...],
-        area: NDArray[np.float32] | None,
+        sources: Sequence[Source],
+        drags: Sequence[tuple[Drag, ...]],
+        areas: Sequence[NDArray[np.float32] | None],
+        model: Model,
         config: DirectDragConfig,
         report: Reporter,
-    ) -> EditResult:
-        passes, spaces = self._passes_for(source.prompt), source.spaces
-        handles_yx, targets_yx = points_for(config, drags, spaces)
-        user_mask = None if area is None else work_mask(torch.from_numpy(area), spaces.work_hw)
+    ) -> list[EditResult]:
+        passes, spaces = self._passes_for(sources[0].prompt, model), sources[0].spaces
+        tasks, masks = [], []
+        for source, arrows, area in zip(sources, drags, areas, strict=True):
+            masks.append(None if area is None else work_mask(torch.from_numpy(area), source.spaces.work_hw))
+            tasks.append(Task(source.prepared, *points_for(config, arrows, source.spaces), masks[-1]))
+        make_ready(passes, _wanted(passes, config, spaces, preparing=False, editing=True), report)
         tell = _teller(report, passes, config, spaces)
-        edited = drag_edit(passes, source.prepared, handles_yx, targets_yx, config, user_mask=user_mask, progress=tell)
-        started = time.perf_counter()
-        image = _picture(passes, source, edited, area, user_mask, config)
-        image.info.update(source.image.info)  # the colour profile, where the input had one
-        seconds = time.perf_counter() - started
-        tell(Step("decode", 1, 1, edited.handles_yx, edited.latent))
-        full_mask = _resized_mask(edited.mask, source.image.size)
-        points = [(float(x), float(y)) for x, y in image_points(config, edited.handles_yx, spaces)]
-        reason = f"{self.backend.name} ({self.backend.reason})"
-        return EditResult(
-            image=image,
-            handles=tuple(points),
-            mask=full_mask,
-            timings={stage: edited.timings.get(stage, 0.0) for stage in STAGES} | {"decode": seconds},
-            passes=dict(edited.passes),
-            history=tuple(_history(record, config, spaces) for record in edited.history),
-            backend=dict.fromkeys(STAGES[1:], reason),
-            notes=self.model.notes,
-        )
+        results = []
+        with memory_errors(passes.device, spaces.work_hw, len(tasks)):
+            edits = edit_batch(passes, tasks, config, progress=tell)
+            for number, (source, edited) in enumerate(zip(sources, edits, strict=True)):
+                started = time.perf_counter()
+                image = _picture(passes, source, edited, areas[number], masks[number], config)
+                image.info.update(source.image.info)  # the colour profile, where the input had one
+                seconds = time.perf_counter() - started
+                alone = len(edits) == 1
+                points_yx, latent = (edited.handles_yx, edited.latent) if alone else (None, None)
+                tell(Step("decode", number + 1, len(edits), points_yx, latent))
+                points = image_points(config, edited.handles_yx, source.spaces)
+                results.append(
+                    EditResult(
+                        image=image,
+                        handles=tuple((float(x), float(y)) for x, y in points),
+                        mask=_resized_mask(edited.mask, source.image.size),
+                        timings={stage: edited.timings.get(stage, 0.0) for stage in STAGES} | {"decode": seconds},
+                        passes=dict(edited.passes),
+                        history=tuple(_history(record, config, source.spaces) for record in edited.history),
+                        backend={},
+                        notes=model.notes,
+                    )
+                )
+        ran = what_ran(passes, self.backend, editing=True)
+        if edits[0].unit:
+            ran["drag"] = edits[0].unit
+        for result in results:
+            result.backend.update(ran)
+        return results
 
-    def _passes_for(self, prompt: str) -> Passes:
-        if prompt not in self._passes:
-            self._passes = {prompt: create_passes(self.backend.name, self.model, prompt)}
-        return self._passes[prompt]
+    def _passes_for(self, prompt: str, model: Model) -> Passes:
+        held = self._passes.get(model.digest)
+        if held is None or held[0] != prompt:
+            passes = create_passes(
+                self.backend.name, model, prompt, building=self._build, remedy=partial(self._remedy, model)
+            )
+            held = self._passes[model.digest] = (prompt, passes)
+        return held[1]
 
-    def _check(self, source: Source, prompt: str) -> None:
-        if source.model != self.model.digest:
+    def _remedy(self, model: Model, backend: str, shape: PassShape | StepShape) -> str:
+        """What to do where a backend has nothing built for a shape."""
+        if model is not self.model:
+            return "load the engine with build=True (--build): a model with an identity is built by its own engine"
+        if isinstance(shape, StepShape):
+            height, width = (8 * cells for cells in shape.latent_hw)
+            size = PassShape((height, width), batch=shape.edits)
+            command = f"{build_command(self._described, backend, size)} --points {shape.pairs}"
+            return f"run `{command}` with the edit's --config and --set, or load the engine with build=True (--build)"
+        return f"run `{build_command(self._described, backend, shape)}`, or load the engine with build=True (--build)"
+
+    def _model_with(self, identity: LoRA | None) -> Model:
+        """The model, or its copy with an identity in its weights, of which there is never more than one."""
+        if identity is None:
+            return self.model
+        digest = identity.model_digest
+        self._identities.pop(digest, None)
+        self._identities[digest] = identity
+        if len(self._identities) > KNOWN_IDENTITIES:
+            del self._identities[next(iter(self._identities))]
+        if self._fused is None or self._fused.digest != digest:
+            if self._fused is not None:
+                self._passes.pop(self._fused.digest, None)
+                self._fused = None
+            self._fused = identity.fused(self.model)
+        return self._fused
+
+    def _check_identity(self, identity: Any) -> None:
+        if identity is not None and not isinstance(identity, LoRA):
+            raise InputError(
+                f"identity is a {type(identity).__name__}; pass what fit_identity returned, or LoRA.load(FILE)"
+            )
+        if identity is not None:
+            identity.check(self.model)
+
+    def _check(self, source: Source, prompt: str, identity: LoRA | None) -> LoRA | None:
+        """The identity to edit a source with; InputError for a source that cannot be edited here or not like this."""
+        found = identity or self._identities.get(source.model)
+        if found is None and source.model != self.model.digest:
             raise InputError(
                 f"the source was prepared with model {source.model[:12]}, this engine holds {self.model.digest[:12]}; "
-                f"prepare the picture with this engine"
+                f"prepare the picture with this engine, or pass the identity it was prepared with: identity=..."
+            )
+        if found is not None and found.model_digest != source.model:
+            raise InputError(
+                f"the source was not prepared with this identity ({found.digest[:12]}); prepare it with identity=..., "
+                f"or leave identity out to edit it as it was prepared"
             )
         here = (self.model.device, self.model.dtype)
         if (source.device, source.dtype) != here:
@@ -198,10 +388,17 @@ class Engine:
                 f"the source was prepared on {source.device} in {source.dtype}, this engine computes on {here[0]} in "
                 f"{here[1]}; prepare the picture with this engine"
             )
+        made = source.prepared
+        if made.times != self.model.schedule.timesteps(made.config.n_inference_step, made.config.inversion_strength):
+            raise InputError(
+                f"the source's times, {made.times[0]} to {made.times[-1]}, are not those of this model's schedule; "
+                f"prepare the picture with this engine"
+            )
         if prompt and prompt != source.prompt:
             raise InputError(
                 f"the source was prepared with prompt {source.prompt!r}; prepare it with prompt={prompt!r}"
             )
+        return found
 
 
 def edit(
@@ -225,7 +422,7 @@ def edit(
     """
     check_method(method)
     # Everything that can be wrong with the input is found before the seconds that loading takes.
-    settings, seed = checked_settings(config), checked_seed(seed)
+    settings, seed = _settings_for(image, config), checked_seed(seed)
     if not isinstance(image, Source):
         image = read_image(image)
         spaces_for(image, ANY_SIZE, settings)  # for its refusals
@@ -243,6 +440,11 @@ def edit(
     result.timings["load"] = loading
     result.timings["total"] += loading
     return result
+
+
+def _settings_for(image: Any, config: DirectDragConfig | str | None) -> DirectDragConfig:
+    """The configuration a user means: without one that of a prepared source, whose trajectory it has to fit."""
+    return image.prepared.config if config is None and isinstance(image, Source) else checked_settings(config)
 
 
 _LOADING = threading.Lock()
@@ -322,6 +524,34 @@ def _picture(
         return picture.resize(source.image.size, Image.Resampling.BICUBIC)
     weight = change_weight(after, decode(passes, edited.unedited, size_hw), user_mask)
     return Image.fromarray(composite(np.asarray(source.image), after, weight, area))
+
+
+def _wanted(
+    passes: Passes, config: DirectDragConfig, spaces: Spaces, *, preparing: bool, editing: bool
+) -> tuple[Wanted, ...]:
+    """The passes of a preparation, an edit or both, at their sizes."""
+    grid = None
+    if preparing and uses_readout(config, passes) and config.rg_reference == "same_t" and config.drag_end_step:
+        grid = (config.rg_grid, config.rg_grid) if config.rg_grid else spaces.latent_hw
+    names = ["encode"] if preparing else []
+    names += ["reference", "predict"]
+    names += ["denoise"] if editing and config.mutual_attention else []
+    return wanted_passes(spaces.work_hw, readout_hw=grid, names=names + (["decode"] if editing else []))
+
+
+def _checked_batch(edits: Iterable[Sequence[Any]]) -> list[tuple[Any, Any, Any]]:
+    """(image, drags, mask) of every edit; InputError for a batch without one or an entry of another form."""
+    found = []
+    for number, one in enumerate(edits):
+        if not isinstance(one, (tuple, list)) or len(one) not in (2, 3):
+            raise InputError(
+                f"edit {number} of the batch is {type(one).__name__} {str(one)[:60]!r}; give (image, drags) or "
+                f"(image, drags, mask)"
+            )
+        found.append((one[0], one[1], one[2] if len(one) == 3 else None))
+    if not found:
+        raise InputError("a batch of no edits was given; give at least one (image, drags)")
+    return found
 
 
 def _resized_mask(mask: Tensor, size: tuple[int, int]) -> np.ndarray:

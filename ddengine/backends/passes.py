@@ -23,7 +23,8 @@ class Passes(Protocol):
     noise comes back in the latent's dtype, images and encoded latents in float32 or wider, all else in the
     backend's compute `dtype`. A timestep is an int or an int64 tensor of one element. All passes but `supervise`
     are free of gradients. `rounding`: how far the same latent's noise from `supervise` and from the other passes may
-    lie apart, as a share of its largest value; 0 where both are the same arithmetic. `any_batch`: whether any number of
+    lie apart, as a share of its largest value; 0 where both are the same arithmetic. What a pass returns is the
+    caller's and never written again. `any_batch`: whether any number of
     latents goes in at once; otherwise a caller gives one.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ddengine.backends.compiled import CompiledPasses
 from ddengine.backends.graphs import PASSES, PassShape, pass_graph
@@ -12,6 +13,10 @@ from ddengine.directdrag.drag import StepShape
 from ddengine.directdrag.readout import uses_readout
 from ddengine.directdrag.step import Rules
 from ddengine.directdrag.unit import CompiledUnit
+from ddengine.models.cache import cache_dir
+from ddengine.models.load import load_model
+from ddengine.progress import Progress, Reporter, reporter
+from ddengine.store import ArtefactStore
 
 Report = Callable[[str, int, int], None]  # what is being compiled, how many are done, of how many
 
@@ -69,3 +74,36 @@ def compile_packages(
         run()
     report("", len(work), len(work))
     return [package for package, _ in work]
+
+
+def compile_model(
+    model: str,
+    sizes: Sequence[tuple[int, int]],
+    config: DirectDragConfig,
+    *,
+    edits: int = 1,
+    pairs: Sequence[int] = (1,),
+    readout: Path | None = None,
+    lora: Path | None = None,
+    vae: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache: Path | None = None,
+    progress: bool | Reporter | None = None,
+) -> list[Package]:
+    """Load a model and compile all that edits at some working sizes (rows, columns) lack; by default the model's own.
+
+    cache: instead of the user's cache folder. The rest: options of `Engine.load`. Raises what that and
+    `compile_packages` raise, and what `progress` raises.
+    """
+    loaded = load_model(model, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae)
+    passes = CompiledPasses(loaded, store=ArtefactStore(cache or cache_dir()))
+    made: list[Package] = []
+    with reporter(progress, {"build": 1}) as report:
+
+        def tell(_: str, done: int, total: int) -> None:
+            report(Progress("build", done, total))
+
+        for size in sizes or [(loaded.size, loaded.size)]:
+            made += compile_packages(passes, size, config, edits=edits, pairs=pairs, report=tell)
+    return made

@@ -111,9 +111,9 @@ def test_warp_and_mask_are_the_published_ones(stored: Stored) -> None:
 # With the mask alone, the edit starts as the reference itself: |x - O| is zero, and so must its gradient be. That holds
 # here because the reference pass and the drag pass are the same arithmetic; then these edits are not chaotic either.
 STABLE = [f"{points}_{kind}" for points in ("p1diag", "p2diag") for kind in ("off", "warp", "mask")]
-# Until an element of |x - O| comes within 1e-6 of its kink, where rounding chooses the gradient's sign: here at the
-# seventh of the twelve updates, of which the latent that leaves it shows the first effect.
-KINK = {"p1diag_mask": 7}
+# Held until an element of |x - O| comes within rounding of its kink, where rounding chooses the gradient's sign: here
+# one is exactly zero at the seventh of the twelve updates. That update is held but for such elements, then the picture.
+KINK = {"p1diag_mask"}
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,11 @@ def test_stable_edits_run_freely(stored: Stored, golden_passes: Any, golden_prep
     after = stored["adam_latent_after"].reshape(12, *entering.shape[1:])
     assert worst(entering[[0, 6]], first) < 1e-4
     assert worst(entering[1:6], after[:5]) < 1e-4
-    held = min(KINK.get(stored.name, 11), 11)
-    assert worst(entering[7 : held + 1], after[6:held]) < 1e-4
     image = check_image(golden_passes, edited, stored)
     if stored.name in KINK:
-        assert image.mean() < 1
+        assert (entering[7] - after[6]).abs().quantile(0.999) < 1e-4 and image.mean() < 1
     else:
+        assert worst(entering[7:], after[6:11]) < 1e-4
         assert worst(edited.latent[0], stored["final_latent"]) < 1e-4 and image.max() <= 1
     assert {stage: counts["forward"] for stage, counts in edited.passes.items()} == {"drag": 12, "denoise": 38}
     assert edited.passes["drag"]["backward"] == 12

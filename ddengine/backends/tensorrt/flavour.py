@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -23,11 +24,12 @@ from ddengine.errors import BackendUnavailable, InputError
 
 log = logging.getLogger(__name__)
 
+CHOICE = "DDENGINE_TENSORRT"
 NAMES = ("tensorrt", "tensorrt_rtx")
 _PIP = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 # Compute capabilities that the support matrix of TensorRT-RTX lists; on others it may run and nobody promises it.
 _RTX_GPUS = (75, 86, 89, 120, 121)
-_OLDEST = {"tensorrt": (10, 13), "tensorrt_rtx": (1, 2)}  # the first with every call made here, and CUDA 13
+_OLDEST = {"tensorrt": (10, 14), "tensorrt_rtx": (1, 7)}  # with every call made here, and CUDA 13
 
 
 class Messages(Protocol):
@@ -94,8 +96,9 @@ def load_flavour(name: str = "auto", gpu: Gpu | None = None) -> Flavour:
 
     `BackendUnavailable` says what to install; InputError for an unknown name. "auto" takes TensorRT where it is
     installed and a GPU is at hand, since its engines are timed on that very GPU; else TensorRT-RTX, but not on a GPU
-    that its makers do not list: there it has to be named.
+    that its makers do not list: there it has to be named. DDENGINE_TENSORRT in the environment names it for "auto".
     """
+    name = os.environ.get(CHOICE, name) if name == "auto" else name
     if name != "auto":
         if name not in NAMES:
             raise InputError(f"TensorRT flavour {name!r} is unknown; use one of auto, {', '.join(NAMES)}")
@@ -109,9 +112,8 @@ def load_flavour(name: str = "auto", gpu: Gpu | None = None) -> Flavour:
             continue
         if gpu is None or flavour.suits(gpu):
             return flavour
-        reasons.append(
-            f"{candidate} {flavour.version} is not made for {gpu.name} (sm_{gpu.sm}); name it to try it all the same"
-        )
+        made_for = f"{candidate} {flavour.version} is not made for {gpu.name} (sm_{gpu.sm})"
+        reasons.append(f"{made_for}; {CHOICE}={candidate} tries it all the same")
     raise BackendUnavailable("; ".join(reasons))
 
 

@@ -1,0 +1,1 @@
+"""How good edits are: the published metrics, each as it was defined, and the readers of the published sets."""
