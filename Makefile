@@ -13,7 +13,14 @@ PACKAGING = setup.py pyproject.toml
 export PYTHONSAFEPATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test dev lint clean distclean
+# A second Triton, in a folder of its own: the same kernel may fit in registers by one compiler and spill by another.
+# `make other-triton` fetches it; the tests compile with it too wherever it is there.
+OTHER_TRITON = 3.6.0
+OTHER_TRITON_DIR = $(abspath $(VENV))/triton-$(OTHER_TRITON)
+DDENGINE_OTHER_TRITON ?= $(patsubst %/.installed,%,$(wildcard $(OTHER_TRITON_DIR)/.installed))
+export DDENGINE_OTHER_TRITON
+
+.PHONY: demo test other-triton dev lint clean distclean
 
 # One thread: on the small models' tensors here and in the tests, more of them only wait for each other.
 demo: export OMP_NUM_THREADS = 1
@@ -23,6 +30,8 @@ demo: $(VENV)/.installed
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-test
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+other-triton: $(OTHER_TRITON_DIR)/.installed
 
 dev: $(VENV)/.installed-dev
 
@@ -43,17 +52,23 @@ $(VENV)/.installed-test: $(PACKAGING) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[test]"
 	@touch $(VENV)/.installed $@
 
+$(OTHER_TRITON_DIR)/.installed: | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --only-binary=:all: --target $(@D) triton==$(OTHER_TRITON)
+	@touch $@
+
 # The links show editors and mypy the packages that setup.py maps; git and the wheel leave them out.
 $(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[dev]"
 	ln -sfn ../kernels ddengine/kernels
+	ln -sfn ../export ddengine/export
 	ln -sfn ../bench ddengine/bench
 	ln -sfn ../examples ddengine/examples
 	@touch $(VENV)/.installed $(VENV)/.installed-test $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache $(DEMO)
-	rm -f ddengine/kernels ddengine/bench ddengine/examples
+	rm -f ddengine/kernels ddengine/export ddengine/bench ddengine/examples
 	find . -path ./.git -prune -o -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
 
 distclean: clean

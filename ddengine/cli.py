@@ -149,7 +149,7 @@ def edit(
     from ddengine.source import Source
 
     started = time.perf_counter()
-    where = {"backend": backend, "device": device, "dtype": dtype, "build": build}
+    where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
     engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, **where)
     loading = time.perf_counter() - started
     fitted, fitting = None, 0.0
@@ -251,7 +251,7 @@ def prepare(
     from ddengine.engine import Engine
 
     started = time.perf_counter()
-    where = {"backend": backend, "device": device, "dtype": dtype, "build": build}
+    where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
     engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, **where)
     loading = time.perf_counter() - started
     source = engine.prepare(picture, prompt=prompt, config=config, progress=progress)
@@ -375,9 +375,19 @@ def build(
 
         from ddengine.directdrag.packages import compile_model
 
-        parts = {"readout": readout, "lora": lora, "vae": vae, "device": device, "dtype": precision}
         packages = compile_model(
-            model, checked, config, edits=batch, pairs=points or (1,), cache=cache, progress=progress, **parts
+            model,
+            checked,
+            config,
+            edits=batch,
+            pairs=points or (1,),
+            readout=readout,
+            lora=lora,
+            vae=vae,
+            device=device,
+            dtype=precision,
+            cache=cache,
+            progress=progress,
         )
         lines = [f"there  {one.name:<16}{one.shape}" for one in packages]
         facts = [{"name": one.name, "shape": one.shape} for one in packages]
@@ -387,7 +397,7 @@ def build(
 
     from ddengine.backends.build import build_model, built_text
 
-    parts = {"readout": readout, "lora": lora, "vae": vae, "precision": precision, "device": device}
+    parts: dict[str, Any] = {"readout": readout, "lora": lora, "vae": vae, "precision": precision, "device": device}
     built = build_model(
         model,
         backend,

@@ -11,8 +11,19 @@ from typing import Any
 import ddengine
 from ddengine.backends import available_backends
 from ddengine.errors import ModelError
+from ddengine.store import ArtefactStore, Entry
 
-_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -45,6 +56,7 @@ def as_text(facts: dict[str, Any]) -> str:
     model, cache = facts["embedded_model"], facts["cache"]
     lines += ["", f"embedded model  {model['folder'] or model['why']} ({model['bytes'] / 1e6:.1f} MB)"]
     lines += [f"cache           {cache['folder']} ({cache['files']} files, {cache['bytes'] / 1e6:.1f} MB)"]
+    lines += [f"  {entry['kind']:<10}{entry['bytes'] / 1e6:9.1f} MB  {entry['what']}" for entry in cache["entries"]]
     return "\n".join(lines)
 
 
@@ -90,7 +102,23 @@ def _cache() -> dict[str, Any]:
 
     folder = cache_dir()
     count, size = _usage(folder)
-    return {"folder": str(folder), "files": count, "bytes": size}
+    entries = [
+        {"kind": entry.kind, "key": entry.key, "bytes": entry.bytes, "problem": entry.problem, "what": _what(entry)}
+        for entry in ArtefactStore(folder).entries()
+    ]
+    return {"folder": str(folder), "files": count, "bytes": size, "entries": entries}
+
+
+def _what(entry: Entry) -> str:
+    """An entry of the cache in a few words: of most kinds the pass, its picture's size and the model's digest."""
+    if entry.problem:
+        return entry.problem
+    facts = entry.facts
+    size = "{1} x {0}".format(*facts["image"]) if "image" in facts else ""
+    name = facts.get("pass") or facts.get("function")
+    readout = "with a readout map" if facts.get("readout") else ""
+    words = (name, readout, size, facts.get("precision"), str(facts.get("weights", ""))[:12])
+    return " ".join(str(word) for word in words if word) or entry.key
 
 
 def _usage(folder: Path) -> tuple[int, int]:

@@ -18,6 +18,8 @@ try:
 except ImportError:  # torch's CPU wheels come without it, and no other system has it
     triton = tl = None
 
+__all__ = ["VARIABLE", "VERSIONS", "interpreted", "jit", "launch", "tl", "triton", "uses_triton"]
+
 VARIABLE = "DDENGINE_KERNELS"
 VERSIONS = ("reference", "triton")
 

@@ -92,10 +92,9 @@ def cut_kernel(sigma: float) -> tuple[int, float]:
     return radius, 1 / sum(math.exp(-(tap**2) / (2 * sigma**2)) for tap in range(-radius, radius + 1))
 
 
-def mirror(size: int, radius: int) -> tuple[int, int]:
-    """Period of an axis mirrored about its end cells (reflect-101), and how many periods a kernel may reach."""
-    period = max(2 * (size - 1), 1)
-    return period, (radius + 2 * size) // period
+def mirror_period(size: int) -> int:
+    """After how many cells an axis repeats that is mirrored about its end cells (reflect-101)."""
+    return max(2 * (size - 1), 1)
 
 
 def gaussian_matrix(size: int, sigma: float, *, truncated: bool, like: Tensor) -> Tensor:
@@ -105,22 +104,18 @@ def gaussian_matrix(size: int, sigma: float, *, truncated: bool, like: Tensor) -
     and the border mirrored about its last cell: G[i,j] sums the kernel over all mirror images of j.
     """
     index = torch.arange(size, device=like.device)
-    offset = index - index[:, None]
     if not truncated:
-        return torch.exp(-(offset.to(like.dtype) ** 2) / (2 * sigma**2))
+        weights = torch.exp(-((index - index[:, None]).to(like.dtype) ** 2) / (2 * sigma**2))
+        # Their products would be numbers below the smallest normal one, on which CPUs are many times slower.
+        return torch.where(weights > torch.finfo(like.dtype).tiny ** 0.5, weights, 0)
     radius, top = cut_kernel(sigma)
-
-    def weights(distance: Tensor) -> Tensor:
-        values = top * torch.exp(-(distance.to(like.dtype) ** 2) / (2 * sigma**2))
-        return torch.where(distance.abs() <= radius, values, 0)
-
-    period, turns = mirror(size, radius)
-    matrix = like.new_zeros(size, size)
-    between = (index > 0) & (index < size - 1)  # an end cell is its own mirror image
-    for turn in range(-turns, turns + 1):
-        matrix += weights(offset + turn * period)
-        matrix += torch.where(between, weights(turn * period - index - index[:, None]), 0)
-    return matrix
+    place = torch.arange(-radius, size + radius, device=like.device)
+    source = place.remainder(mirror_period(size))
+    source = torch.minimum(source, mirror_period(size) - source)
+    distance = (place - index[:, None]).abs()
+    weights = top * torch.exp(-(distance.clamp_max(radius).to(like.dtype) ** 2) / (2 * sigma**2))
+    # A product with zeros and ones folds the border back: a scatter would add in no fixed order.
+    return torch.where(distance <= radius, weights, 0) @ (source[:, None] == index).to(like.dtype)
 
 
 def _reference(
@@ -154,23 +149,29 @@ def nearest(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _draw(starts, ends, valid, paths, height, width, row_at, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ones at the pixels of path program_id(0); program_id(1) counts blocks along its longer axis."""
-    pair = tl.program_id(0).to(tl.int64) * 2
-    start_row, start_column = nearest(tl.load(starts + pair + row_at)), nearest(tl.load(starts + pair + 1 - row_at))
-    end_row, end_column = nearest(tl.load(ends + pair + row_at)), nearest(tl.load(ends + pair + 1 - row_at))
+def _draw(  # type: ignore[no-untyped-def]
+    starts, ends, valid, paths, pairs, height, width, row_at, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Ones at the pixels of a group of paths, program_id(0), in a stretch of their longer axes, program_id(1)."""
+    pair = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))[:, None]
+    known = pair < pairs
+    row_of, column_of = pair.to(tl.int64) * 2 + row_at, pair.to(tl.int64) * 2 + 1 - row_at
+    start_row = nearest(tl.load(starts + row_of, mask=known, other=0.0))
+    start_column = nearest(tl.load(starts + column_of, mask=known, other=0.0))
+    end_row = nearest(tl.load(ends + row_of, mask=known, other=0.0))
+    end_column = nearest(tl.load(ends + column_of, mask=known, other=0.0))
     last = tl.maximum(tl.abs(end_row - start_row), tl.abs(end_column - start_column))
     steep = tl.abs(end_row - start_row) == last
     start = tl.where(steep, start_row, start_column)
     side = tl.where(steep, start_column, start_row)
     rising = tl.where(steep, end_row, end_column) >= start
     way = tl.where(steep, end_column, end_row) - side
-    along = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    along = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)[None, :]
     k = tl.where(rising, along - start, start - along)
     across = nearest(side + tl.div_rn(k, tl.maximum(last, 1.0)) * way)
     row, column = tl.where(steep, along, across), tl.where(steep, across, along)
     hit = (k >= 0) & (k <= last) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    hit = hit & (tl.load(valid + tl.program_id(0).to(tl.int64)) != 0)
+    hit = hit & (tl.load(valid + pair.to(tl.int64), mask=known, other=0) != 0)
     pixel = tl.where(hit, row, 0.0).to(tl.int64) * width + tl.where(hit, column, 0.0).to(tl.int64)
     tl.store(paths + pixel, 1.0, mask=hit)
 
@@ -202,7 +203,8 @@ def _blur(  # type: ignore[no-untyped-def]
 
     G is made where it is used: its exponentials cost less than reading it. float32 throughout, in a fixed order.
     """
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
+    cell = first + tl.arange(0, BLOCK)
     other = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for begin in range(0, size, DEPTH):
@@ -210,13 +212,16 @@ def _blur(  # type: ignore[no-untyped-def]
         offset = read[None, :] - cell[:, None]
         if TRUNCATED:
             total = tl.zeros((BLOCK, DEPTH), tl.float32)
-            between = (read > 0) & (read < size - 1)
+            between = ((read > 0) & (read < size - 1))[None, :]
             for turn in range(-turns, turns + 1):
-                image = offset + turn * period
-                total += tl.where(tl.abs(image) <= radius, top * _weights(image, spread), 0.0)
-                image = turn * period - read[None, :] - cell[:, None]
-                near = between[None, :] & (tl.abs(image) <= radius)
-                total += tl.where(near, top * _weights(image, spread), 0.0)
+                # Most images of most tiles lie beyond the kernel, which two numbers tell.
+                shift = turn * period
+                if (shift + begin - first < radius + BLOCK) & (shift + begin - first > -radius - DEPTH):
+                    image = offset + shift
+                    total += tl.where(tl.abs(image) <= radius, top * _weights(image, spread), 0.0)
+                if (shift - begin - first < radius + BLOCK + DEPTH) & (shift - begin - first >= -radius):
+                    image = shift - read[None, :] - cell[:, None]
+                    total += tl.where(between & (tl.abs(image) <= radius), top * _weights(image, spread), 0.0)
         else:
             total = _weights(offset, spread)
         at = read.to(tl.int64)[:, None] * others + other.to(tl.int64)[None, :]
@@ -241,9 +246,9 @@ def _normalise(mask, peak, epsilon, count, BLOCK: tl.constexpr):  # type: ignore
 DRAW = Configuration(
     "draw",
     _draw,
-    {"starts": "*fp32", "ends": "*fp32", "valid": "*i1", "paths": "*fp32", "height": "i32", "width": "i32"}
-    | {"row_at": "i32"},
-    {"BLOCK": 128},
+    {"starts": "*fp32", "ends": "*fp32", "valid": "*i1", "paths": "*fp32", "pairs": "i32", "height": "i32"}
+    | {"width": "i32", "row_at": "i32"},
+    {"PAIRS": 8, "BLOCK": 64},
     fusion=False,  # the sample's product and sum are rounded one by one, or halves fall to other pixels
 )
 BLUR = {
@@ -279,14 +284,19 @@ def _launch(
     paths = starts.new_zeros(height, width)
     half, peak = torch.empty_like(paths), paths.new_zeros(1, dtype=torch.int32)
     if pairs:
-        grid = (pairs, triton.cdiv(max(height, width), DRAW.constants["BLOCK"]))
-        launch(DRAW, grid, starts, ends, valid, paths, height, width, int(transposed))
+        grid = (
+            triton.cdiv(pairs, DRAW.constants["PAIRS"]),
+            triton.cdiv(max(height, width), DRAW.constants["BLOCK"]),
+        )
+        launch(DRAW, grid, starts, ends, valid, paths, pairs, height, width, int(transposed))
     radius, top = cut_kernel(sigma) if truncated else (0, 1.0)
     for source, goal, size, others in ((paths, half, height, width), (half, paths, width, height)):
         blur = BLUR[truncated, goal is paths]
         block = blur.constants["BLOCK"]
         grid = (triton.cdiv(size, block), triton.cdiv(others, block))
-        launch(blur, grid, source, goal, peak, size, others, 2 * sigma**2, radius, top, *mirror(size, radius))
+        period = mirror_period(size)
+        turns = (radius + 2 * size) // period  # how many periods away a mirror image may be and still count
+        launch(blur, grid, source, goal, peak, size, others, 2 * sigma**2, radius, top, period, turns)
     count = height * width
     launch(NORMALISE, (triton.cdiv(count, NORMALISE.constants["BLOCK"]),), paths, peak, epsilon, count)
     return paths

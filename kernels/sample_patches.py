@@ -13,7 +13,7 @@ from ddengine.kernels.taps import (
     GRID,
     MAP,
     TYPES,
-    folding,
+    fold,
     grid_arguments,
     map_arguments,
     taps,
@@ -50,9 +50,10 @@ def sample_patches(
 
 
 class _Sample(torch.autograd.Function):
-    """With a derivative of its own: autograd's would scatter what the gather read, in racing additions.
+    """Reading patches and its transpose `_Spread`, each the other's derivative.
 
-    It stands before the operator, too, for function transforms refuse an operator's registered derivative.
+    Autograd's own would scatter what the gather read, in racing additions. They stand before the operators, too, for
+    function transforms refuse an operator's registered derivative.
     """
 
     @staticmethod
@@ -69,10 +70,28 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        radius, height, width, border, *fast = ctx.rest
-        run = _backward_reference if fast == [False] else _backward_operator
-        total = run(gradient, *ctx.saved_tensors, radius, *ctx.hw, height, width, border)
+        radius, *rest = (*ctx.rest, True)[:5]  # an operator's derivative has no `fast`
+        total = _Spread.apply(gradient, *ctx.saved_tensors, radius, *ctx.hw, *rest)
         return (total.to(ctx.dtype), *[None] * (1 + len(ctx.rest)))
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        gradient: Tensor, centres: Tensor, radius: int, h: int, w: int, height: int, width: int, border: str, fast: bool
+    ) -> Tensor:
+        run = _backward_operator if fast else _backward_reference
+        return run(gradient, centres, radius, h, w, height, width, border)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.rest = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, total: Tensor) -> tuple[Tensor | None, ...]:
+        radius, _, _, *rest = (*ctx.rest, True)[:7]
+        return (_Sample.apply(total, *ctx.saved_tensors, radius, *rest), *[None] * (1 + len(ctx.rest)))
 
 
 # The reference: plain PyTorch, on any device, in pieces no larger than the map.
@@ -107,6 +126,7 @@ def _sample(  # type: ignore[no-untyped-def]
     feature,
     centres,
     patches,
+    radius,
     points,
     channels,
     h,
@@ -119,22 +139,21 @@ def _sample(  # type: ignore[no-untyped-def]
     width,
     ratio_y,
     ratio_x,
-    RADIUS: tl.constexpr,
-    ZERO: tl.constexpr,
+    reach,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """patches [B·n,C,P·P]: one program reads some positions and channels of one point."""
-    SIDE: tl.constexpr = 2 * RADIUS + 1
+    side = 2 * radius + 1
     point = tl.program_id(0).to(tl.int64)
     channel = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
     place = (tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
-    inside = (channel < channels) & (place < SIDE * SIDE)
-    y, y1, y2, y3 = taps(place // SIDE, tl.load(centres + 2 * point), height, h, ratio_y, RADIUS, ZERO)
-    x, x1, x2, x3 = taps(place % SIDE, tl.load(centres + 2 * point + 1), width, w, ratio_x, RADIUS, ZERO)
+    inside = (channel < channels) & (place < side * side)
+    y, y1, y2, y3 = taps(place // side, tl.load(centres + 2 * point), radius, reach, height, h, ratio_y)
+    x, x1, x2, x3 = taps(place % side, tl.load(centres + 2 * point + 1), radius, reach, width, w, ratio_x)
     maps = feature + point // points * stride_b + channel.to(tl.int64) * stride_c
     found = values(maps, inside, y, y1, y2, y3, x, x1, x2, x3, h, w, stride_y, stride_x)
-    tl.store(patches + (point * channels + channel) * (SIDE * SIDE) + place, found, mask=inside)
+    tl.store(patches + (point * channels + channel) * (side * side) + place, found, mask=inside)
 
 
 @jit
@@ -143,6 +162,7 @@ def _spread(  # type: ignore[no-untyped-def]
     centres,
     windows,
     first,
+    radius,
     channels,
     h,
     w,
@@ -150,72 +170,65 @@ def _spread(  # type: ignore[no-untyped-def]
     width,
     ratio_y,
     ratio_x,
+    reach,
     rows,
     columns,
-    RADIUS: tl.constexpr,
-    ZERO: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """windows [m,C,rows·columns] = Rᵀ G C of the points from `first` on, for gradients G [B·n,C,P,P]."""
-    SIDE: tl.constexpr = 2 * RADIUS + 1
+    side = 2 * radius + 1
     index = tl.program_id(0).to(tl.int64)
     point = index + first
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     cell = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     centre_y, centre_x = tl.load(centres + 2 * point), tl.load(centres + 2 * point + 1)
-    cell_y = window_start(centre_y, height, h, ratio_y, rows, RADIUS) + cell // columns
-    cell_x = window_start(centre_x, width, w, ratio_x, columns, RADIUS) + cell % columns
+    cell_y = window_start(centre_y, radius, height, h, ratio_y) + cell // columns
+    cell_x = window_start(centre_x, radius, width, w, ratio_x) + cell % columns
     sums = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    for begin in range(0, SIDE, BLOCK_R):
+    for begin in range(0, side, BLOCK_R):
         row = begin + tl.arange(0, BLOCK_R)
-        inside = (channel < channels)[:, None] & (row < SIDE)[None, :]
-        at = gradient + ((point * channels + channel)[:, None] * SIDE + row[None, :]) * SIDE
+        inside = (channel < channels)[:, None] & (row < side)[None, :]
+        at = gradient + ((point * channels + channel)[:, None] * side + row[None, :]) * side
         along = tl.zeros((BLOCK_C, BLOCK_R, BLOCK_K), tl.float32)
-        for column in range(SIDE):
-            x, x1, x2, x3 = taps(column, centre_x, width, w, ratio_x, RADIUS, ZERO)
+        for column in range(side):
+            x, x1, x2, x3 = taps(column, centre_x, radius, reach, width, w, ratio_x)
             given = tl.load(at + column, mask=inside, other=0.0)
             along += given[:, :, None] * weight_on(cell_x, x, x1, x2, x3)[None, None, :]
-        y, y1, y2, y3 = taps(row[:, None], centre_y, height, h, ratio_y, RADIUS, ZERO)
+        y, y1, y2, y3 = taps(row[:, None], centre_y, radius, reach, height, h, ratio_y)
         sums += tl.sum(along * weight_on(cell_y[None, :], y, y1, y2, y3)[None, :, :], 1)
     at = (index * channels + channel)[:, None] * (rows * columns) + cell[None, :]
     tl.store(windows + at, sums, mask=(channel < channels)[:, None] & (cell < rows * columns)[None, :])
 
 
-def _sampling(dtype: torch.dtype, radius: int, border: str) -> Configuration:
-    return Configuration(
-        f"sample-{TYPES[dtype]}-r{radius}-{border}",
+SAMPLE = {
+    dtype: Configuration(
+        f"sample-{name}",
         _sample,
-        {"feature": f"*{TYPES[dtype]}", "centres": "*fp32", "patches": "*fp32", "points": "i32"} | MAP | GRID,
-        {"RADIUS": radius, "ZERO": border == "zero", "BLOCK_C": 16, "BLOCK_P": 32},
+        {"feature": f"*{name}", "centres": "*fp32", "patches": "*fp32", "radius": "i32", "points": "i32"} | MAP | GRID,
+        {"BLOCK_C": 16, "BLOCK_P": 32},
     )
-
-
-def _spreading(radius: int, border: str) -> Configuration:
-    sizes = dict.fromkeys(("first", "channels", "h", "w"), "i32")
-    return Configuration(
-        f"spread-r{radius}-{border}",
-        _spread,
-        {"gradient": "*fp32", "centres": "*fp32", "windows": "*fp32"} | sizes | GRID | {"rows": "i32", "columns": "i32"},
-        {"RADIUS": radius, "ZERO": border == "zero", "BLOCK_C": 8, "BLOCK_R": 16, "BLOCK_K": 32},
-    )
-
-
-CONFIGURATIONS = (
-    *(_sampling(dtype, radius, border) for dtype in TYPES for radius in (0, 4) for border in BORDERS),
-    *(_spreading(4, border) for border in BORDERS),
+    for dtype, name in TYPES.items()
+}
+SPREAD = Configuration(
+    "spread",
+    _spread,
+    {"gradient": "*fp32", "centres": "*fp32", "windows": "*fp32"}
+    | dict.fromkeys(("first", "radius", "channels", "h", "w", "rows", "columns"), "i32")
+    | GRID,
+    {"BLOCK_C": 8, "BLOCK_R": 16, "BLOCK_K": 32},
 )
+CONFIGURATIONS = (*SAMPLE.values(), SPREAD)
 
 
 def _launch(feature: Tensor, centres: Tensor, radius: int, height: int, width: int, border: str) -> Tensor:
     (batch, each), channels, side = centres.shape[:2], feature.shape[1], 2 * radius + 1
     patches = feature.new_empty((batch, each, channels, side, side), dtype=torch.float32)
-    how = _sampling(feature.dtype, radius, border)
+    how = SAMPLE[feature.dtype]
     blocks = triton.cdiv(channels, how.constants["BLOCK_C"]), triton.cdiv(side * side, how.constants["BLOCK_P"])
-    sizes = *map_arguments(feature), *grid_arguments(feature, (height, width))
-    if patches.numel():
-        launch(how, (batch * each, *blocks), feature, centres.contiguous(), patches, each, *sizes)
+    sizes = radius, each, *map_arguments(feature), *grid_arguments(feature, (height, width), border)
+    launch(how, (batch * each, *blocks), feature, centres.contiguous(), patches, *sizes)
     return patches
 
 
@@ -223,15 +236,15 @@ def _backward_launch(
     gradient: Tensor, centres: Tensor, radius: int, h: int, w: int, height: int, width: int, border: str
 ) -> Tensor:
     gradient, centres, (batch, each, channels) = gradient.contiguous(), centres.contiguous(), gradient.shape[:3]
-    total = gradient.new_zeros(batch, channels, h, w) if not each else gradient.new_empty(batch, channels, h, w)
+    total, size_hw = gradient.new_empty(batch, channels, h, w), (height, width)
     rows, columns = window_cells(radius, height, h), window_cells(radius, width, w)
-    how, grid = _spreading(radius, border), grid_arguments(total, (height, width))
+    how, grid = SPREAD, grid_arguments(total, size_hw, border)
     blocks = triton.cdiv(channels, how.constants["BLOCK_C"]), triton.cdiv(rows * columns, how.constants["BLOCK_K"])
     for first, last in window_chunks(total, batch * each, rows * columns):
         windows = total.new_empty(last - first, channels, rows * columns)
-        sizes = first, channels, h, w, *grid, rows, columns
+        sizes = first, radius, channels, h, w, *grid, rows, columns
         launch(how, (last - first, *blocks), gradient, centres, windows, *sizes)
-        fold(windows, total, centres, first, last, grid, (rows, columns), radius)
+        fold(windows, total, centres, first, last, radius, size_hw)
     return total
 
 
@@ -268,3 +281,6 @@ _backward_operator.register_kernel("cuda")(_backward_launch)
 @_backward_operator.register_fake
 def _(gradient: Tensor, centres: Tensor, radius: int, h: int, w: int, *_: Any) -> Tensor:
     return gradient.new_empty(gradient.shape[0], gradient.shape[2], h, w)
+
+
+_backward_operator.register_autograd(_Spread.backward, setup_context=_Spread.setup_context)

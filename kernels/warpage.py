@@ -21,7 +21,7 @@ from ddengine.kernels.dispatch import interpreted, jit, launch, tl, triton, uses
 from ddengine.kernels.gaussian_mask import nearest
 
 HANDLE_CELLS, FILLS, HOLES = ("moves", "lost"), ("none", "keep", "parallel", "sequential"), ("unclaimed", "zero")
-CHUNK = 1 << 18  # cells times handles that the reference takes at once: eight tensors of 1 MiB in float32
+CHUNK = 1 << 16  # cells times handles that the reference takes at once: tensors of 256 KiB in float32
 
 
 @torch.no_grad()
@@ -124,7 +124,8 @@ def _field_reference(
         last = torch.stack([torch.where(inside, axis, -float("inf")).amax() for axis, inside in axes])
     centre = (first + last) / 2
     # The published distance adds 1e-6 to each coordinate difference.
-    radius = torch.linalg.vector_norm(centre - first + 1e-6)
+    half = centre - first + 1e-6
+    radius = (half[0] * half[0] + half[1] * half[1]).sqrt()
     if valid is None:
         valid = torch.ones(len(handles), dtype=torch.bool, device=handles.device)
     step = max(1, CHUNK // max(1, len(handles) * width))
@@ -311,7 +312,7 @@ def _displace(  # type: ignore[no-untyped-def]
     end = tl.where(confined != 0, tl.max(last_column, 0), tl.cast(width - 1, tl.float32))
     centre_row, centre_column = (top + bottom) * 0.5, (start + end) * 0.5
     half_row, half_column = centre_row - top + 1e-6, centre_column - start + 1e-6
-    square = half_row * half_row + half_column * half_column
+    radius = tl.sqrt_rn(half_row * half_row + half_column * half_column)
 
     weights = tl.zeros((BLOCK,), tl.float32)
     for pair in range(pairs):
@@ -325,7 +326,7 @@ def _displace(  # type: ignore[no-untyped-def]
         distance = tl.sqrt_rn(down * down + right * right)
         from_row, from_column = handle_row - centre_row, handle_column - centre_column
         along = tl.div_rn(down, distance) * from_row + tl.div_rn(right, distance) * from_column
-        inner = square - (from_row * from_row + from_column * from_column) + along * along
+        inner = radius * radius - (from_row * from_row + from_column * from_column) + along * along
         reach = tl.sqrt_rn(tl.maximum(inner, 0.0)) - along
         stretch = tl.where(reach > 0, tl.minimum(tl.div_rn(tl.abs(reach - distance), reach), 1.0), 0.0)
         stretch = tl.where(distance == 0, at_handle, stretch)

@@ -11,7 +11,6 @@ adjoint adds Rᵀ G C to those cells, point after point: deterministic, for the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from ddengine.errors import InputError
 
 BORDERS = ("clamp", "zero")
+SMALL = 1 << 18  # values, a megabyte of float32: a limit below it would cost more in pieces than it saves
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -34,11 +34,12 @@ def window_cells(radius: int, size: int, native: int) -> int:
 
 
 def check(feature: Tensor, points_yx: Tensor, size_hw: tuple[int, int], border: str, borders: tuple[str, ...]) -> None:
-    """Refuse what no window can be read from (InputError): wrong ranks, a shrinking grid, an unknown border."""
-    if feature.dim() != 4 or points_yx.dim() != 3 or tuple(points_yx.shape[::2]) != (feature.shape[0], 2):
+    """Refuse what no window can be read from (InputError): wrong shapes, a shrinking grid, an unknown border."""
+    fits = feature.dim() == 4 and points_yx.dim() == 3 and tuple(points_yx.shape[::2]) == (feature.shape[0], 2)
+    if not fits or points_yx.shape[1] < 1:
         raise InputError(
             f"a feature map {list(feature.shape)} and points {list(points_yx.shape)} do not fit; give a map [B,C,h,w] "
-            f"and points [B,n,2], or [n,2] for one picture"
+            f"and at least one point [B,n,2], or [n,2] for one picture"
         )
     if size_hw[0] < feature.shape[2] or size_hw[1] < feature.shape[3]:
         raise InputError(
@@ -47,6 +48,11 @@ def check(feature: Tensor, points_yx: Tensor, size_hw: tuple[int, int], border: 
         )
     if border not in borders:
         raise InputError(f"border {border!r} is unknown; use one of {', '.join(borders)}")
+
+
+def room(feature: Tensor) -> int:
+    """How many values a tensor made on the way may hold: as many as the map [B,C,h,w], or `SMALL` for a smaller one."""
+    return max(feature.numel(), SMALL)
 
 
 class Axis(NamedTuple):
@@ -100,12 +106,13 @@ class Windows(NamedTuple):
         return cls(rows, columns, centres_yx.shape[1])
 
     def pieces(self, feature: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-        """Slices of points and, for each, of channels, whose patches hold half as many values as the map, or fewer.
+        """Slices of points and, for each, of channels, whose patches together take half the `room`, or less.
 
-        At the least one channel of one point. So nothing made on the way is larger than the map.
+        At the least one channel of one point.
         """
-        points, channels, budget = len(self.rows.cells), feature.shape[1], feature.numel() // 2
-        positions = math.prod(max(axis.weights.shape[1:]) for axis in (self.rows, self.columns))
+        points, channels, budget = len(self.rows.cells), feature.shape[1], room(feature) // 2
+        rows, columns = (max(*axis.weights.shape[1:]) for axis in (self.rows, self.columns))
+        positions = rows * columns
         wide = min(channels, max(1, budget // positions))
         many = max(1, budget // (wide * positions))
         for point in range(0, points, many):
@@ -113,21 +120,28 @@ class Windows(NamedTuple):
             yield slice(point, min(point + many, points)), some
 
     def read(self, feature: Tensor, points: slice, channels: slice) -> Tensor:
-        """Patches [m,P,P,C], channels last, of some points and channels; widened after the read."""
+        """Patches [m,P,P,C], channels last, of some points and channels; widened after the read.
+
+        One axis, then the other, each as one matrix product a point: the columns' cells come first meanwhile.
+        """
         pictures = torch.arange(points.start, points.stop, device=feature.device) // self.each
-        rows, columns = (Axis(axis.cells[points], axis.weights[points]) for axis in (self.rows, self.columns))
-        cells = pictures[:, None, None], rows.cells[:, :, None], columns.cells[:, None]
+        rows, columns = self._part(points)
+        cells = pictures[:, None, None], rows.cells[:, None], columns.cells[:, :, None]
         window = feature[:, channels].permute(0, 2, 3, 1)[cells].to(rows.weights.dtype)
-        half = (rows.weights @ window.flatten(2)).unflatten(2, window.shape[2:])
-        return columns.weights[:, None] @ half
+        half = (columns.weights @ window.flatten(2)).unflatten(2, window.shape[2:]).transpose(1, 2)
+        return (rows.weights @ half.flatten(2)).unflatten(2, half.shape[2:])
 
     def add_adjoint(self, total: Tensor, patches: Tensor, points: slice, channels: slice, live: Tensor | None) -> None:
-        """Add to maps [B,C,h,w] what `read`, transposed, makes of patches [m,P,P,C]; points whose `live` is False add 0."""
-        rows, columns = (Axis(axis.cells[points], axis.weights[points]) for axis in (self.rows, self.columns))
-        half = columns.weights.transpose(1, 2)[:, None] @ patches
-        windows = (rows.weights.transpose(1, 2) @ half.flatten(2)).unflatten(2, half.shape[2:])
+        """Add to maps [B,C,h,w] what `read`, transposed, makes of patches [m,P,P,C]; 0 for points that are not live."""
+        rows, columns = self._part(points)
+        half = (rows.weights.mT @ patches.flatten(2)).unflatten(2, patches.shape[2:]).transpose(1, 2)
+        windows = (columns.weights.mT @ half.flatten(2)).unflatten(2, half.shape[2:])
         if live is not None:
             windows = torch.where(live[points, None, None, None], windows, 0)
         for k, window in enumerate(windows):
             picture = total[(points.start + k) // self.each, channels].permute(1, 2, 0)
-            picture.index_put_((rows.cells[k][:, None], columns.cells[k]), window, accumulate=True)
+            picture.index_put_((rows.cells[k], columns.cells[k][:, None]), window, accumulate=True)
+
+    def _part(self, points: slice) -> tuple[Axis, Axis]:
+        rows, columns = (Axis(axis.cells[points], axis.weights[points]) for axis in (self.rows, self.columns))
+        return rows, columns

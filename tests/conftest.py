@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -39,6 +42,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test starts with an empty user cache."""
     monkeypatch.setenv("DDENGINE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def fake_tensorrt() -> ModuleType:
+    """The module of recording TensorRTs, backends/fake_tensorrt.py: `FakeTensorRT(version)`, `VERSIONS`."""
+    path = Path(__file__).parent / "backends" / "fake_tensorrt.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

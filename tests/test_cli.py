@@ -36,17 +36,27 @@ class Result:
         save_picture(self.image, path)
 
 
+class Identity:
+    def save(self, path):
+        path.write_bytes(b"factors")
+
+
 class Engine:
     """Records what it is asked; `raises` makes the edit fail."""
 
     loaded: dict = {}
     edited: dict = {}
+    fitted: dict = {}
     raises: BaseException | None = None
 
     @classmethod
     def load(cls, **options):
         Engine.loaded = options
         return cls()
+
+    def fit_identity(self, picture, **options):
+        Engine.fitted = {"picture": picture, **options}
+        return Identity()
 
     def edit(self, picture, drags, **options):
         Engine.edited = {"picture": picture, "drags": drags, **options}
@@ -64,6 +74,7 @@ def engine(monkeypatch):
     monkeypatch.setattr(Engine, "raises", None)
     monkeypatch.setattr(Engine, "loaded", {})
     monkeypatch.setattr(Engine, "edited", {})
+    monkeypatch.setattr(Engine, "fitted", {})
 
 
 @pytest.fixture
@@ -98,11 +109,13 @@ def test_defaults_are_those_of_the_library(folder):
         "readout": None,
         "lora": None,
         "vae": None,
+        "build": False,
     }
     assert Engine.edited["drags"] == (Drag((10, 20), (30.5, 40)),)
     assert Engine.edited["config"] == ddengine.DirectDragConfig.preset()
     assert (Engine.edited["mask"], Engine.edited["prompt"], Engine.edited["seed"]) == (None, "", 0)
     assert not Engine.edited["progress"]  # stderr is no terminal here
+    assert Engine.edited["identity"] is None and not Engine.fitted
 
 
 def test_every_option_reaches_the_engine(folder):
@@ -156,11 +169,27 @@ def test_every_option_reaches_the_engine(folder):
         "readout": "r.safetensors",
         "lora": "l",
         "vae": "v",
+        "build": "False",
     }
     assert len(Engine.edited["drags"]) == 2
     assert Engine.edited["config"] == ddengine.DirectDragConfig.preset("paper", r2=16, soft_mask=False)
     assert (Engine.edited["prompt"], Engine.edited["seed"]) == ("a cat", 7)
     np.testing.assert_array_equal(Engine.edited["mask"], np.ones((72, 96), np.float32))
+
+
+def test_an_identity_is_fitted_to_the_picture_used_and_saved(folder):
+    options = ["--identity", "--prompt", "a cat", "--seed", "7", "--json"]
+    done = call("edit", "in.png", *DRAG, "-o", "out.png", *options)
+    assert done.exit_code == 0, done.output
+    assert Engine.fitted.pop("picture").size == (96, 72)
+    assert Engine.fitted == {"prompt": "a cat", "seed": 7, "progress": False}
+    assert isinstance(Engine.edited["identity"], Identity)
+    timings = json.loads(done.stdout)["timings"]
+    assert timings["total"] == pytest.approx(1.5 + timings["load"] + timings["identity"])
+    assert {path.name for path in folder.iterdir()} == {"in.png", "mask.png", "out.png"}
+    Engine.raises = Cancelled("stopped")  # what was fitted is kept although the edit is not made
+    done = call("edit", "in.png", *DRAG, "-o", "other.png", "--identity", "--save-identity", "i.safetensors")
+    assert done.exit_code == 130 and (folder / "i.safetensors").read_bytes() == b"factors"
 
 
 def test_json_is_one_object_and_all_there_is_on_stdout(folder):
@@ -206,6 +235,11 @@ BAD = {
     "unknown suffix": (["edit", "in.png", *DRAG, "-o", "out.xyz"], "suffix"),
     "no folder": (["edit", "in.png", *DRAG, "-o", "no/out.png"], "folder"),
     "output is a folder": (["edit", "in.png", *DRAG, "-o", "folder.png"], "folder"),
+    "identity of another suffix": (
+        ["edit", "in.png", *DRAG, "-o", "out.png", "--identity", "--save-identity", "i.bin"],
+        ".safetensors",
+    ),
+    "no identity to save": (["edit", "in.png", *DRAG, "-o", "out.png", "--save-identity", "i.safetensors"], "add --id"),
     "output is the input": (["edit", "in.png", *DRAG, "-o", "in.png"], "input itself"),
     "output is the input by a link": (["edit", "in.png", *DRAG, "-o", "link.png"], "input itself"),
     "output is the mask": (["edit", "in.png", *DRAG, "--mask", "mask.png", "-o", "mask.png"], "input itself"),

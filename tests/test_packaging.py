@@ -13,7 +13,7 @@ import pytest
 import ddengine
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["ddengine", "kernels", "bench", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+PARTS = ["ddengine", "kernels", "export", "bench", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 
 
 def build(tree: Path, hook: str, *, mode: str = "None") -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def tree(tmp_path_factory) -> Path:
     for part in PARTS:
         if (ROOT / part).is_dir():
             ignored = shutil.ignore_patterns(
-                "__pycache__", *(["kernels", "bench", "examples"] if part == "ddengine" else [])
+                "__pycache__", *(["kernels", "export", "bench", "examples"] if part == "ddengine" else [])
             )
             shutil.copytree(ROOT / part, tree / part, ignore=ignored)
         else:
@@ -56,11 +56,11 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel):
     names = set(wheel)
     for folder, package in (
         ("ddengine", "ddengine"),
-        *((part, f"ddengine/{part}") for part in ("kernels", "bench", "examples")),
+        *((part, f"ddengine/{part}") for part in ("kernels", "export", "bench", "examples")),
     ):
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder)
-            if folder == "ddengine" and parts.parts[0] in {"kernels", "bench", "examples"}:
+            if folder == "ddengine" and parts.parts[0] in {"kernels", "export", "bench", "examples"}:
                 continue
             assert f"{package}/{parts.as_posix()}" in names
     assert not [name for name in wheel if "test" in name or name.endswith((".pyc", ".pt", ".ckpt"))]
@@ -90,5 +90,5 @@ def test_every_package_is_listed():
     listed = (ROOT / "setup.py").read_text(encoding="utf-8")
     for path in (ROOT / "ddengine").rglob("__init__.py"):
         parts = path.parent.relative_to(ROOT).parts
-        if not {"kernels", "bench", "examples"} & set(parts):
+        if not {"kernels", "export", "bench", "examples"} & set(parts):
             assert f'"{".".join(parts)}"' in listed

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ddengine import kernels
 from ddengine.errors import BackendUnavailable
 from ddengine.store import ArtefactStore
 
@@ -100,7 +100,7 @@ def environment_facts(device: torch.device) -> dict[str, Any]:
 def source_digest() -> str:
     """SHA-256 over this package's Python files: an edited function is another function."""
     digest = hashlib.sha256()
-    roots = (Path(__file__).parents[1], Path(str(kernels.__file__)).parent)
+    roots = (Path(__file__).parents[1], Path(str(import_module("ddengine.kernels").__file__)).parent)
     for path in sorted({path.resolve() for root in roots for path in root.rglob("*.py")}):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Reporter = Callable[[Progress], object]
+Reporter = Callable[[Progress], None]
 Wanted = tuple[str, PassShape]  # a pass, and the sizes it is wanted at
 
 PARTS = 100  # steps that one build is reported in
@@ -173,7 +173,9 @@ class EnginePasses:
             if stage is not None:
                 stages.setdefault(stage, Counter()).update(counts)
         self._ran.clear()
-        return {stage: _told(counts) for stage, counts in stages.items()}
+        # The drag steps may be handed to the base without a call of these passes.
+        drag = {"drag": f"{self._base_name} ({GRADIENT})"} if editing else {}
+        return drag | {stage: _told(counts) for stage, counts in stages.items()}
 
     def encode(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [-1, 1] to scaling factor * posterior mean, [B, 4, H // 8, W // 8]."""

@@ -123,7 +123,7 @@ class _Walk(PassGraph):
         timestep = TensorSpec("timestep", (1,), torch.int64, "training time, 0 for the cleanest")
         inputs = [_latent(shape, "latent", "scaled latent"), timestep]
         outputs = [_latent(shape, "noise", "predicted noise")]
-        dtype = network.time_table.dtype
+        dtype = network.dtype
         # The shapes inside follow from the modules; a walk without numbers finds them.
         with torch.device("meta"), torch.no_grad():
             found = _on_meta(network)(
@@ -162,7 +162,7 @@ class _Walk(PassGraph):
     def forward(self, latent: Tensor, timestep: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         own, cross = rest[: len(rest) - self.cross], rest[len(rest) - self.cross :]
         out = self.network(
-            latent.to(self.network.time_table.dtype),
+            latent.to(self.network.dtype),
             timestep,
             kv=self.name == "reference",
             reference_kv=_pairs(own) if self.name == "denoise" else None,

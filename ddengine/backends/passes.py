@@ -22,18 +22,28 @@ class Passes(Protocol):
     Latents are [B, 4, h, w], already multiplied by the autoencoder's scaling factor, in any float dtype;
     noise comes back in the latent's dtype, images and encoded latents in float32 or wider, all else in the
     backend's compute `dtype`. A timestep is an int or an int64 tensor of one element. All passes but `supervise`
-    are free of gradients. `rounding`: how far the same latent's noise from `supervise` and from the other passes may
-    lie apart, as a share of its largest value; 0 where both are the same arithmetic. What a pass returns is the
-    caller's and never written again. `any_batch`: whether any number of
-    latents goes in at once; otherwise a caller gives one.
+    are free of gradients; what they return is the caller's and never written again. `rounding`: how far the same
+    latent's noise from `supervise` and from the other passes may lie apart, as a share of its largest value; 0 where
+    both are the same arithmetic. `any_batch`: whether any number of latents goes in at once.
     """
 
-    has_readout: bool
-    schedule: Schedule
-    device: torch.device
-    dtype: torch.dtype
-    rounding: float
-    any_batch: bool
+    @property
+    def has_readout(self) -> bool: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def rounding(self) -> float: ...
+
+    @property
+    def any_batch(self) -> bool: ...
 
     def encode(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [-1, 1] to scaling factor * posterior mean, [B, 4, H // 8, W // 8]."""

@@ -324,14 +324,10 @@ def _checked(tasks: Sequence[Task], config: DirectDragConfig, guided: bool) -> P
 
 def _records(rows: list[list[float]], number: int, t: int, pairs: int) -> list[Record]:
     """What a drag step's history says of one edit, in plain numbers."""
-    return [
-        Record(
-            number,
-            t,
-            *row[:RAN],
-            tuple(zip(*[iter(row[HANDLES : HANDLES + 2 * pairs])] * 2, strict=True)),
-            bool(row[MOVED]),
-        )
-        for row in rows
-        if row[RAN]
-    ]
+    found = []
+    for row in rows:
+        drag, background, readout, total = row[:RAN]
+        points = tuple((row[at], row[at + 1]) for at in range(HANDLES, HANDLES + 2 * pairs, 2))
+        if row[RAN]:
+            found.append(Record(number, t, drag, background, readout, total, points, bool(row[MOVED])))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ddengine.backends.compiled import CompiledPasses
@@ -54,21 +55,13 @@ def compile_packages(
     unit = CompiledUnit(passes, Rules(config, (image_hw[0] // 2, image_hw[1] // 2), grid))
     work: list[tuple[Package, Callable[[], object]]] = []
     for count in sorted({1 << (most - 1).bit_length() for most in pairs}):
-        step = StepShape(
-            edits,
-            count,
-            latent_hw,
-            outputs["feature"].shape[1],
-            None if maps is None else (maps[0], maps[1], maps[2]),
-            passes.dtype,
-        )
-        name = Package("drag step", f"{edits} x {count} points")
-        work.append((name, lambda step=step: unit.open(step, make=True)))
-    if passes.packaged:
-        for name in PASSES:
-            for one in dict.fromkeys([shape, PassShape(image_hw)]) if name == "reference" else [PassShape(image_hw)]:
-                made = Package(name, f"{image_hw[1]} x {image_hw[0]}")
-                work.append((made, lambda name=name, one=one: passes.open(name, one, make=True)))
+        triple = None if maps is None else (maps[0], maps[1], maps[2])
+        step = StepShape(edits, count, latent_hw, outputs["feature"].shape[1], triple, passes.dtype)
+        work.append((Package("drag step", f"{edits} x {count} points"), partial(unit.open, step, make=True)))
+    for name in PASSES if passes.packaged else ():
+        for one in dict.fromkeys([shape, PassShape(image_hw)]) if name == "reference" else [PassShape(image_hw)]:
+            package = Package(name, f"{image_hw[1]} x {image_hw[0]}")
+            work.append((package, partial(passes.open, name, one, make=True)))
     for number, (package, run) in enumerate(work):
         report(package.name, number, len(work))
         run()

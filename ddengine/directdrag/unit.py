@@ -128,7 +128,7 @@ class CompiledUnit:
 
             def observe(latent: Tensor, timestep: Tensor) -> tuple[Tensor, Observation]:
                 leaf = latent.detach().requires_grad_()
-                computed = leaf.to(self._network.time_table.dtype)
+                computed = leaf.to(self._network.dtype)
                 options = {"readout_hw": self._rules.readout_hw}
                 out = functional_call(self._network, named, (computed, timestep), options)
                 return leaf, out._replace(noise=out.noise.to(leaf.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Network(nn.Module):
         """context: text embedding [1,n,D] in the UNet's dtype; times: number of training times."""
         super().__init__()
         self.unet, self.head = unet, head
+        self.dtype = context.dtype
         with torch.no_grad():
             pairs = cross_key_values(unet, context)
             for number, (key, value) in enumerate(pairs):
@@ -96,7 +97,7 @@ class Network(nn.Module):
 
     def _time(self, timestep: int | Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
         """The terms of all resnets and all readout layers at a time, [1,C] each."""
-        table: Tensor = self.time_table
+        table = cast(Tensor, self.time_table)
         row = table[timestep : timestep + 1] if isinstance(timestep, int) else table[timestep.reshape(1)]
         parts = list(row.split([*self._resnet_widths, *self._readout_widths], dim=1))
         count = len(self._resnet_widths)

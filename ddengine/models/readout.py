@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,10 @@ class ReadoutHead(nn.Module):
     def read(self, taps: Sequence[Tensor], time: Sequence[Tensor | None], size_hw: tuple[int, int]) -> Tensor:
         """`forward` with the terms that `time_terms` made of the time."""
         weights = torch.softmax(self.mixing_weights, dim=0)
-        layers = zip(weights, self.bottleneck_layers, taps, time, strict=True)
-        return torch.stack([weight * layer(tap, term, size_hw) for weight, layer, tap, term in layers]).sum(0)
+        layers: Any = self.bottleneck_layers
+        parts = zip(layers, taps, time, strict=True)
+        maps = [layer(tap, term, size_hw) for layer, tap, term in parts]
+        return torch.stack([weight * one for weight, one in zip(weights, maps, strict=True)]).sum(0)
 
 
 class _Conv(nn.Conv2d):

@@ -234,7 +234,7 @@ def test_every_iteration_teacher_forced(stored: Stored, golden_passes: Any, from
             limit = (5e-3 if guided else 2e-5) * gradients[k].abs().max()
             assert worst(gradient, gradients[k]) < limit
         if guided:
-            assert readout == pytest.approx(float(stored["readout_loss_unweighted"][k]), rel=1e-5)
+            assert readout == pytest.approx(float(stored["readout_loss_unweighted"][k]), rel=2e-5)
         # The stored gradient through our Adam must give the stored latent.
         moments = moments if first else (torch.zeros(shape), torch.zeros(shape))
         corrections = adam_table(config.latent_lr, 6)[first + 1]
