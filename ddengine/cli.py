@@ -59,6 +59,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model."),
         click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights."),
         click.option("--vae", type=FILE, help="Folder of another VAE."),
+        click.option(
+            "--size", "working_size", type=int, help="Long side of the working picture. [default: the model's]"
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -102,6 +105,7 @@ def edit(
     readout: Path | None,
     lora: Path | None,
     vae: Path | None,
+    working_size: int | None,
     identity: bool,
     save_identity: Path | None,
     method: str,
@@ -150,7 +154,7 @@ def edit(
 
     started = time.perf_counter()
     where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
-    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, **where)
+    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, size=working_size, **where)
     loading = time.perf_counter() - started
     fitted, fitting = None, 0.0
     if identity:
@@ -228,6 +232,7 @@ def prepare(
     readout: Path | None,
     lora: Path | None,
     vae: Path | None,
+    working_size: int | None,
     backend: str,
     device: str,
     dtype: str,
@@ -252,7 +257,7 @@ def prepare(
 
     started = time.perf_counter()
     where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
-    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, **where)
+    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, size=working_size, **where)
     loading = time.perf_counter() - started
     source = engine.prepare(picture, prompt=prompt, config=config, progress=progress)
     source.save(output, kv=kv)
@@ -589,6 +594,32 @@ def bench_limit(
     return facts, roofline.text(facts)
 
 
+@bench.command("export")
+@click.option("--shape", type=click.Choice(["embedded", "sd15"]), default="embedded", show_default=True)
+@click.option("--speed", is_flag=True, help="Time the passes in ONNX Runtime too.")
+@click.option("-o", "--output", type=FILE, default="out/export.json", show_default=True, help="JSON to write.")
+@answering
+def bench_export(shape: str, speed: bool, output: Path, progress: bool) -> Answer:
+    """Nodes and arithmetic of the exported passes before and after folding; sd15 takes minutes and 5 GB."""
+    import torch
+
+    from ddengine.artifacts import check_writable, make_folder
+    from ddengine.backends.graphs import PassShape
+    from ddengine.bench import export_report
+    from ddengine.bench.shapes import sd15
+    from ddengine.models.load import load_model
+
+    make_folder(output.parent)
+    check_writable(output)
+    model = load_model("embedded", device="cpu") if shape == "embedded" else sd15("cpu", torch.float32)
+    sizes = PassShape((model.size, model.size), readout_hw=(model.size // 8, model.size // 8))
+    facts = {"shape": shape, "counts": export_report.counts(model, sizes)}
+    if speed:
+        facts["speed"] = export_report.speed(model, sizes)
+    export_report.write(facts, output)
+    return facts, f"{export_report.table(facts)}\nwrote {output}"
+
+
 @bench.command("kernels")
 @click.option("--compile", "compile_only", is_flag=True, help="Only compile, and report; needs no GPU.")
 @click.option("--sm", "targets", type=int, multiple=True, help="Compile for this architecture (90) alone. Repeatable.")
@@ -608,6 +639,59 @@ def bench_kernels(compile_only: bool, targets: tuple[int, ...], output: Path, de
 
     facts = kernels.run(resolve_device(device), output, progress=progress)
     return facts, kernels.table(facts)
+
+
+@bench.command("parity")
+@click.option("--count", type=click.IntRange(0, 1000), default=30, show_default=True, help="Whole edits to compare.")
+@click.option("--config", "preset", default="default", show_default=True, metavar="PRESET")
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
+@click.option("-o", "--output", type=FILE, default="out/parity.json", show_default=True, help="JSON to write.")
+@device_option
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@answering
+def bench_parity(
+    count: int,
+    preset: str,
+    settings: tuple[tuple[str, str], ...],
+    output: Path,
+    device: str,
+    dtype: str,
+    progress: bool,
+) -> Answer:
+    """The compiled drag step against the plain one, on the embedded model; what is not compiled yet takes minutes."""
+    from ddengine.config import DirectDragConfig
+
+    config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+
+    from ddengine.bench import parity
+    from ddengine.models.cache import cache_dir
+    from ddengine.models.load import load_model
+    from ddengine.store import ArtefactStore
+
+    model, store = load_model("embedded", device=device, dtype=dtype), ArtefactStore(cache_dir())
+    facts = parity.run(model, output, count=count, config=config, store=store, progress=progress)
+    return facts, parity.text(facts)
+
+
+@bench.command("gradients")
+@click.option("--drags", type=click.IntRange(1, 100), default=4, show_default=True, help="Edits whose states are used.")
+@click.option("-o", "--output", type=FILE, default="out/gradients.json", show_default=True, help="JSON to write.")
+@click.option("--plot", type=FILE, help="Picture to draw; needs matplotlib.")
+@device_option
+@answering
+def bench_gradients(drags: int, output: Path, plot: Path | None, device: str, progress: bool) -> Answer:
+    """How large the drag step's gradients are, and what half precision makes of them, on the embedded model."""
+    from ddengine.bench import gradients
+    from ddengine.config import DirectDragConfig
+    from ddengine.models.load import load_model
+
+    names = ("float32", "bfloat16", "float16")
+    models = {name: load_model("embedded", device=device, dtype=name) for name in names}
+    config = DirectDragConfig.preset("default")
+    facts = gradients.run(models, output, config=config, drags=drags, progress=progress)
+    if plot is not None:
+        gradients.picture(facts, plot)
+    return facts, gradients.text(facts)
 
 
 @bench.command("waterfall")

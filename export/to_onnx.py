@@ -283,7 +283,7 @@ def _exported(graph: PassGraph, opset: int, dynamic_batch: bool) -> ir.Model:
         free = [None if one.name.startswith(fixed) else {0: batch} for one in graph.spec.inputs]
         # `forward` of the walks takes what follows the time as *rest.
         options["dynamic_shapes"] = (*free[:2], tuple(free[2:])) if len(free) > 2 else tuple(free)
-    with _quiet(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 graph.eval(),
@@ -304,7 +304,7 @@ def _exported(graph: PassGraph, opset: int, dynamic_batch: bool) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter tells of torchvision's absence and of its own deprecations, which is nobody's concern here."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

@@ -68,7 +68,8 @@ def _reference(
 ) -> Tensor:
     windows = Windows.of(feature, handles, radius, (height, width), "zero" if border == "zero" else "clamp")
     points, template, side = handles.flatten(0, 1), template.flatten(0, 1), 2 * radius + 1
-    limits = torch.tensor([height - 1, width - 1], dtype=handles.dtype, device=handles.device)
+    # Filled on the device: a copy from the host could not be captured.
+    limits = torch.cat([handles.new_full((1,), height - 1), handles.new_full((1,), width - 1)])
     order = torch.arange(side * side, device=handles.device)
     places = torch.stack([order // side, order % side], dim=1)
     found = []

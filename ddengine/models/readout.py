@@ -41,13 +41,13 @@ class ReadoutHead(nn.Module):
 
     def time_terms(self, time_embedding: Tensor | None) -> tuple[Tensor | None, ...]:
         """What a time embedding [T,D] adds to every layer's hidden channels, [T,hidden] each, or None."""
-        return tuple(layer.time_term(time_embedding) for layer in self.bottleneck_layers)
+        layers: Any = self.bottleneck_layers
+        return tuple(layer.time_term(time_embedding) for layer in layers)
 
     def read(self, taps: Sequence[Tensor], time: Sequence[Tensor | None], size_hw: tuple[int, int]) -> Tensor:
         """`forward` with the terms that `time_terms` made of the time."""
         weights = torch.softmax(self.mixing_weights, dim=0)
-        layers: Any = self.bottleneck_layers
-        parts = zip(layers, taps, time, strict=True)
+        parts = zip(self.bottleneck_layers, taps, time, strict=True)
         maps = [layer(tap, term, size_hw) for layer, tap, term in parts]
         return torch.stack([weight * one for weight, one in zip(weights, maps, strict=True)]).sum(0)
 

@@ -41,6 +41,7 @@ class SmallNetwork(nn.Module):
         self.enter, self.noise = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
         self.read = nn.Conv2d(12, 6, 1)
         self.register_buffer("time_table", torch.randn(1000, 12))
+        self.dtype = torch.float32
         self.requires_grad_(False)
 
     def forward(self, latent: Tensor, timestep: Tensor, readout_hw: Any = None) -> Observation:
