@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd) || exit 1
 LIMIT=${LIMIT:-420}
-STEPS=${STEPS:-"tests compile kernels waterfall"}
+STEPS=${STEPS:-"tests tensorrt compile kernels engine parity waterfall"}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 LOG=$OUT/suite.log
@@ -78,10 +78,20 @@ if [ "$cuda" -eq 0 ]; then
   wanted tests && step tests "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider --durations=10 \
     --ignore=tests/kernels/test_interpreter.py --ignore=tests/kernels/test_compilation.py \
     tests/kernels tests/bench/test_timer.py
+  # First of all, whether TensorRT-RTX takes this GPU; skipped with the reason where it is not installed.
+  wanted tensorrt && step tensorrt "$PYTHON" -m pytest -q -rs -m gpu -p no:cacheprovider tests/backends/test_tensorrt_gpu.py
 fi
 wanted compile && bench compile kernels --compile
 if [ "$cuda" -eq 0 ]; then
   wanted kernels && bench kernels kernels -o "$OUT/kernels.json"
+  if "$PYTHON" -c 'import diffusers, filelock, safetensors' 2>>"$LOG"; then
+    # Everything else that is marked for a GPU, then the compiled step held to the plain one, in half precision.
+    wanted engine && step engine "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests \
+      --ignore=tests/kernels --ignore=tests/backends/test_tensorrt_gpu.py
+    wanted parity && bench parity parity --dtype float16 -o "$OUT/parity.json"
+  else
+    say "engine, parity: need diffusers, safetensors and filelock; not run"
+  fi
   if wanted waterfall && ! "$PYTHON" -c 'import diffusers, filelock, safetensors' 2>>"$LOG"; then
     say "waterfall: needs diffusers, safetensors and filelock; not run"
   elif wanted waterfall; then

@@ -39,6 +39,7 @@ from ddengine.drags import Drag
 from ddengine.engine import Engine
 from ddengine.models.load import Model
 from ddengine.models.network import Observation
+from ddengine.scenes.scene import TrueDrag
 from ddengine.store import ArtefactStore
 
 SEED = 31_000_000  # of the drags whose ends are compared; no training, choice of settings or scene bench drew from it
@@ -197,7 +198,7 @@ class End:
     updates: tuple[int, int]
 
 
-def end(drag: scenes.TrueDrag, found: Any, plain: Any) -> End:
+def end(drag: TrueDrag, found: Any, plain: Any) -> End:
     """`found` and `plain`: results of two edits of the same drag."""
     one, other = (np.asarray(result.image, np.float64) for result in (found, plain))
     apart = float(np.square(one - other).mean())
@@ -232,7 +233,7 @@ def ends(
     return found
 
 
-def task_of(drag: scenes.TrueDrag) -> tuple[Image.Image, Drag]:
+def task_of(drag: TrueDrag) -> tuple[Image.Image, Drag]:
     """A drawn drag as a user would give it."""
     handle, target = ((x * scenes.SIZE - 0.5, y * scenes.SIZE - 0.5) for x, y in (drag.handle, drag.target))
     return drag.scene.render(scenes.SIZE), Drag(handle, target)

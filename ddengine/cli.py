@@ -195,7 +195,7 @@ def edit(
         "timings": {
             **result.timings,
             **({"identity": fitting} if identity else {}),
-            "load": loading,
+            "load": result.timings["load"] + loading,
             "total": result.timings["total"] + loading + fitting,
         },
         "passes": result.passes,

@@ -437,7 +437,7 @@ def edit(
         result = engine.edit(
             image, drags, method=method, mask=mask, prompt=prompt, config=settings, seed=seed, progress=report
         )
-    result.timings["load"] = loading
+    result.timings["load"] += loading
     result.timings["total"] += loading
     return result
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Progress:
     """Where an edit stands.
 
-    `stage`: load, encode, invert, reference, warp, drag, denoise or decode; identity while one is fitted. `step` of
-    `total`: steps of that stage done so far, 1 to total. `points`: current handles, float64 [n, 2] as (x, y) in input
-    pixels. `preview`: call it for a look at the edit so far, an RGB picture at the working size; that costs a decoding.
-    Both are None where the stage has none.
+    `stage`: load, encode, invert, reference, warp, drag, denoise or decode; identity while one is fitted; build while
+    what a backend lacks is built (from step 0 on). `step` of `total`: steps of that stage done so far, 1 to total.
+    `points`: current handles, float64 [n, 2] as (x, y) in input pixels. `preview`: call it for a look at the edit so
+    far, an RGB picture at the working size; that costs a decoding. Both are None where the stage has none.
     """
 
     stage: str

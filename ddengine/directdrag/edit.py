@@ -116,12 +116,13 @@ def edit_batch(
     times, spacing = like.times, like.spacing
     rules = Rules(config, like.feature_hw, readout_grid(config, like.inverted) if guided else None)
 
+    most = max(len(task.handles_yx) for task in tasks)
+    with run.stage("load"):  # a compiled step is read from the disk once an engine
+        drags = unit(passes, rules, _step_shape(like, len(tasks), most, guided))
     with run.stage("warp"):
         starts = [_start(passes, task, config) for task in tasks]
         latent = torch.cat([start.latent for start in starts])
         background = torch.cat([start.background for start in starts])
-        most = max(len(task.handles_yx) for task in tasks)
-        drags = unit(passes, rules, _step_shape(like, len(tasks), most, guided))
         handles_yx, targets_yx, valid = padded(
             [(start.handles_yx, start.targets_yx) for start in starts], to_power_of_two=drags.fixed
         )

@@ -54,7 +54,7 @@ def test_what_an_edit_gives(tiny_passes: EagerPasses, prepared: Prepared) -> Non
         assert record.updated and record.drag_loss > 0 and record.readout_loss > 0
         weighted = record.drag_loss + lam * record.background_loss + weight * record.readout_loss
         assert record.total_loss == pytest.approx(weighted, rel=1e-5)
-    assert set(edited.timings) == {"warp", "drag", "denoise"} and min(edited.timings.values()) >= 0
+    assert set(edited.timings) == {"load", "warp", "drag", "denoise"} and min(edited.timings.values()) >= 0
 
 
 def test_what_is_counted(tiny_passes: EagerPasses, prepared: Prepared) -> None:
