@@ -1,4 +1,4 @@
-"""Whether half precision holds the drag step's gradients without a loss scale: their sizes, and what half makes of them.
+"""Whether half precision holds the drag step's gradients without a loss scale: sizes, and what half makes of them.
 
 Sizes are those of a float32 run: of the gradient to the latent, of the cotangents that enter the network (where half
 precision begins) and of every tensor that the backward pass computes inside it.
@@ -169,7 +169,7 @@ def compare(plain: EagerPasses, half: EagerPasses, seen: Sequence[Seen], rules: 
 def run(
     models: Mapping[str, Model], output: Path, *, config: DirectDragConfig, drags: int, progress: bool = False
 ) -> dict[str, Any]:
-    """Everything, on states of `drags` drawn drags; `models`: one model by the name of its dtype, float32 among them."""
+    """Everything, on states of `drags` drawn drags; `models`: by the name of their dtype, float32 among them."""
     check_writable(make_folder(output.parent) / output.name)
     passes = {name: EagerPasses(model) for name, model in models.items()}
     plain = passes["float32"]

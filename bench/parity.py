@@ -1,6 +1,6 @@
 """The compiled drag step held to the plain one: step by step from the same states, and over whole edits.
 
-Adam's first update has the size of the learning rate whatever the gradient, so that roundings grow along an edit and two
+Adam's first update has the size of the learning rate whatever the gradient, so that roundings grow along an edit. Two
 runs of it are compared state by state (teacher-forced), and whole edits only by what becomes of them. What rounding
 alone does to a whole edit is measured beside it: the plain step again, its network's latent changed in the last bit.
 """
@@ -324,8 +324,9 @@ def text(facts: Mapping[str, Any]) -> str:
     """Both comparisons as Markdown tables."""
     tables = facts["steps"]["units"]
     lines = [f"| worst of {facts['steps']['calls']} calls | {' | '.join(tables)} |", "| --- |" + " --- |" * len(tables)]
-    for name in dict.fromkeys(name for table in tables.values() for name in table):
-        lines.append(f"| {name} | " + " | ".join(f"{table[name]['worst']:.1e}" for table in tables.values()) + " |")
+    names = dict.fromkeys(name for table in tables.values() for name in table)
+    shown = {name: " | ".join(f"{table[name]['worst']:.1e}" for table in tables.values()) for name in names}
+    lines += [f"| {name} | {values} |" for name, values in shown.items()]
     if facts["summary"]:
         rows = facts["summary"]
         lines += ["", f"| whole edits against the plain step | {' | '.join(rows)} |", "| --- |" + " --- |" * len(rows)]
