@@ -86,8 +86,7 @@ def create_passes(
 
     context = prompt_context(model, prompt)
     chosen = auto_backend(model.device, model.dtype) if backend == "auto" else Backend(backend, True, "as asked")
-    on_cuda = model.device.type == "cuda"
-    if backend == "eager" or (chosen.name == "eager" and not on_cuda):
+    if backend == "eager":
         return EagerPasses(model, context)
 
     from ddengine.backends.compiled import CompiledPasses
@@ -99,8 +98,8 @@ def create_passes(
         tell = partial(remedy, "compile") if remedy else None
         return CompiledPasses(model, context, store=store, building=building, remedy=tell)
 
-    # What engines leave over, the drag above all, compiled packages do where they are built; on a CPU eager is faster.
-    base = CompiledPasses(model, context, store=store, strict=False) if on_cuda else EagerPasses(model, context)
+    # What engines leave over, the drag above all, compiled packages do where they are built.
+    base = CompiledPasses(model, context, store=store, strict=False)
     if chosen.name == "eager":
         return base
 
@@ -138,7 +137,7 @@ def what_ran(passes: Passes, backend: Backend, *, editing: bool) -> dict[str, st
     stages = ("warp", "drag", "denoise", "decode") if editing else ("encode", "invert", "reference")
     if isinstance(passes, EnginePasses):
         return dict.fromkeys(stages, "eager (no network pass)") | passes.account(editing=editing)
-    if isinstance(passes, CompiledPasses):
+    if isinstance(passes, CompiledPasses) and (backend.name == "compile" or passes.packaged):
         return dict.fromkeys(stages, passes.account())
     if backend.name == "auto":
         backend = auto_backend(passes.device, passes.dtype)

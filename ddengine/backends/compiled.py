@@ -54,7 +54,7 @@ class CompiledPasses(EagerPasses):
         self.any_batch = not self.packaged
         self.units: dict[Any, Any] = {}  # of the drag step, for as long as these passes live
         self._replays: dict[tuple[str, PassShape], Replayed | None] = {}
-        self.rounding = ROUNDING[self.dtype]
+        self.rounding = ROUNDING[self.dtype] if self.packaged else 0.0
 
     def account(self) -> str:
         """What runs the gradient-free passes, in words."""

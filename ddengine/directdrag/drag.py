@@ -40,12 +40,13 @@ class Unit(Protocol):
 
     name: what it is, for the result's account. reads: whether the host may look at the state after every iteration
     without holding the device up. fixed: whether it wants the same shapes again, edits that are no longer dragged
-    included and points padded to a power of two.
+    included and points padded to a power of two. rounding: as of `Passes`, what it adds to theirs.
     """
 
     name: str
     reads: bool
     fixed: bool
+    rounding: float
 
     def step(self, state: State, goal: Goal, k: int, skip: int, run: Run) -> State:
         """Iteration `k`, of which the first `skip` move no latent."""
@@ -59,7 +60,7 @@ class Unit(Protocol):
 class PlainUnit:
     """The step's functions called as they are: the behaviour every other unit is held to."""
 
-    reads, fixed = True, False
+    reads, fixed, rounding = True, False, 0.0
 
     def __init__(self, passes: Passes, rules: Rules, reason: str = "") -> None:
         """reason: why it is not another unit."""

@@ -167,7 +167,7 @@ def edit_batch(
                     background=background[who],
                     appearance=[reference.appearance[number] for reference in references if reference.appearance],
                     rules=rules,
-                    rounding=passes.rounding,
+                    rounding=max(passes.rounding, drags.rounding),
                 )
                 state = begin(latent[who], handles_yx[who], still[who], active, iterations(config))
                 first = first_handles_yx[who]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ddengine.backends.aot import Compiled, compiled
-from ddengine.backends.compiled import CompiledPasses, parameters_of
+from ddengine.backends.compiled import ROUNDING, CompiledPasses, parameters_of
 from ddengine.backends.passes import Passes
 from ddengine.backends.replay import Replayed
 from ddengine.directdrag.adam import adam_table
@@ -68,7 +68,7 @@ class CompiledUnit:
         self._functions: dict[tuple[Any, ...], Compiled] = {}
         self._replays: dict[tuple[Any, ...], Replayed] = {}
         self._loaded: dict[tuple[Any, ...], Goal] = {}
-        self.reads = not self._graphed
+        self.reads, self.rounding = not self._graphed, ROUNDING[passes.network.dtype]
         self.name = "compile (one package a step" + (", replayed as a CUDA graph)" if self._graphed else ")")
 
     def open(self, shape: StepShape, *, make: bool) -> str:

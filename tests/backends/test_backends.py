@@ -202,7 +202,7 @@ def test_a_whole_edit_is_the_eager_one(cached: ArtefactStore) -> None:
         assert mine.backend[stage] == "onnxruntime (as asked)"
         assert auto.backend[stage] == "onnxruntime (auto: built for this size)"
         assert theirs.backend[stage].startswith("eager (")
-    assert mine.backend["drag"] == "eager (no engine has gradients)"
+    assert mine.backend["drag"].startswith("eager (no ")
 
 
 def test_an_edit_never_builds_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

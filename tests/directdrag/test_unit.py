@@ -22,7 +22,7 @@ from ddengine.directdrag.prepare import prepare
 from ddengine.directdrag.run import Run
 from ddengine.directdrag.step import Goal, Rules, State, begin
 from ddengine.directdrag.unit import CompiledUnit, unit_for
-from ddengine.errors import BackendUnavailable
+from ddengine.errors import BackendUnavailable, Cancelled
 from ddengine.models.network import Observation
 from ddengine.schedule import Schedule
 from ddengine.store import ArtefactStore
@@ -187,6 +187,20 @@ def test_the_loop_ends_as_with_the_plain_unit(network: SmallNetwork, unit: Compi
     after = drag(unit, state, near, RULES, run, first_handles_yx=handles)
     assert after.finished.all() and torch.equal(after.latent, state.latent) and after.fresh.all()
     assert run.passes["drag"] == {"forward": 1, "backward": 1}
+
+
+def test_the_same_bits_again_also_after_a_cancelled_step(network: SmallNetwork, unit: CompiledUnit) -> None:
+    state, goal, handles = setting(network)
+    first = states(unit, state, goal)
+
+    def stop(at: State, done: int, total: int) -> None:
+        if done == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        drag(unit, state, goal, RULES, Run(CPU), first_handles_yx=handles, report=stop)
+    for one, other in zip(first, states(unit, state, goal), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_a_function_that_cannot_be_compiled_says_so(tmp_path: Path) -> None:
