@@ -104,7 +104,7 @@ class Clocked:
 
     def __init__(self, unit: Unit, device: torch.device) -> None:
         self._unit, self._clock, self.seconds = unit, None if device.type == "cuda" else Clock(device), 0.0
-        self.name, self.reads, self.fixed = unit.name, unit.reads, unit.fixed
+        self.name, self.reads, self.fixed, self.rounding = unit.name, unit.reads, unit.fixed, unit.rounding
 
     def step(self, state: State, goal: Goal, k: int, skip: int, run: Run) -> State:
         return self._timed(lambda: self._unit.step(state, goal, k, skip, run))
@@ -126,7 +126,7 @@ class Watched:
 
     def __init__(self, unit: Unit, pairs: int, watch: Callable[[Update], None]) -> None:
         self._unit, self._pairs, self._watch = unit, pairs, watch
-        self.name, self.reads, self.fixed = unit.name, unit.reads, unit.fixed
+        self.name, self.reads, self.fixed, self.rounding = unit.name, unit.reads, unit.fixed, unit.rounding
         self._goal: Goal | None = None
         self._step = -1
 

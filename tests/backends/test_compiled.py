@@ -64,4 +64,4 @@ def test_what_has_no_package_is_eager(model: Model, made: tuple[CompiledPasses, 
     assert names == ["pass reference", "pass denoise"]
     plain = CompiledPasses(model, store=ArtefactStore(tmp_path))  # a CPU without a capture
     assert torch.equal(plain.predict(latent, 741), EagerPasses(model).predict(latent, 741))
-    assert plain.rounding == ROUNDING[torch.float32] > 0
+    assert plain.rounding == 0 < passes.rounding == ROUNDING[torch.float32]
