@@ -20,6 +20,7 @@ PACKAGES = [
     "ddengine",
     "ddengine.backends",
     "ddengine.backends.tensorrt",
+    "ddengine.commands",
     "ddengine.directdrag",
     "ddengine.metrics",
     "ddengine.models",

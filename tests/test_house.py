@@ -43,7 +43,7 @@ LAYERS = [
         "ddengine.training",
     ],
     ["ddengine.demo", "ddengine.environment", "ddengine.bench"],
-    ["ddengine.terminal", "ddengine.cli", "ddengine.__main__"],
+    ["ddengine.terminal", "ddengine.commands", "ddengine.cli", "ddengine.__main__"],
 ]
 # Read by anyone who may read numbers and errors alone.
 PLAIN = {

@@ -1,0 +1,269 @@
+"""Commands that edit pictures: edit, prepare, demo."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddengine.commands.options import FILE, build_option, model_options
+from ddengine.drags import Drag
+from ddengine.errors import InputError
+from ddengine.terminal import (
+    Answer,
+    DragType,
+    EditCommand,
+    SettingType,
+    answering,
+    engine_options,
+    seed_option,
+)
+
+
+@click.command(cls=EditCommand)
+@click.argument("image", type=FILE)
+@click.option(
+    "--drag",
+    "drags",
+    type=DragType(),
+    multiple=True,
+    required=True,
+    help="Move what is at the first point to the second; pixels, x right, y down. Repeatable.",
+)
+@click.option("-o", "--output", type=FILE, required=True, help="Picture to write; its suffix is its format.")
+@click.option("--mask", type=FILE, help="Picture of the same size: white may change, black stays.")
+@model_options
+@click.option("--identity", is_flag=True, help="First fit a LoRA to IMAGE, so that the model knows what it shows.")
+@click.option("--save-identity", type=FILE, help="Write that LoRA to this .safetensors file, for --lora.")
+@click.option("--method", type=click.Choice(["directdrag"]), default="directdrag", show_default=True)
+@engine_options
+@build_option
+@click.option(
+    "--config",
+    "preset",
+    metavar="PRESET",
+    help="Named configuration; see below. [default: default, or that of a prepared IMAGE]",
+)
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
+@seed_option
+@answering
+def edit(
+    image: Path,
+    drags: tuple[Drag, ...],
+    output: Path,
+    mask: Path | None,
+    prompt: str,
+    model: str,
+    readout: Path | None,
+    lora: Path | None,
+    vae: Path | None,
+    working_size: int | None,
+    identity: bool,
+    save_identity: Path | None,
+    method: str,
+    backend: str,
+    device: str,
+    dtype: str,
+    build: bool,
+    preset: str | None,
+    settings: tuple[tuple[str, str], ...],
+    seed: int,
+    progress: bool,
+) -> Answer:
+    """Edit IMAGE, a picture or what `ddengine prepare` made of one, by one or more drags."""
+    from ddengine.artifacts import check_picture_path, check_tensors_path
+    from ddengine.config import DirectDragConfig
+    from ddengine.drags import parse_drags
+    from ddengine.image import read_image
+    from ddengine.request import ANY_SIZE, checked_mask, spaces_for
+    from ddengine.source_reader import SUFFIX, read_header
+
+    # All that the user can have got wrong is found before the seconds that torch and the weights take.
+    for given in (image, mask):
+        if given is not None and _same_file(given, output):
+            raise InputError(f"{output} is the input itself; name another file with -o")
+    check_picture_path(output)
+    if save_identity is not None:
+        if not identity:
+            raise InputError(f"--save-identity {save_identity} has nothing to save; add --identity")
+        check_tensors_path(save_identity)
+    made = read_header(image) if image.suffix == SUFFIX else None
+    if made is not None and identity:
+        raise InputError(
+            f"--identity is fitted before a picture is prepared, and {image} is prepared; give the picture"
+        )
+    picture: Any = None if made else read_image(image)
+    size = made.image_size if made else picture.size
+    checked = parse_drags(drags, *size)
+    area = checked_mask(mask, size)
+    base = made.config if made and preset is None else DirectDragConfig.preset(preset or "default")
+    config = base.changed_from_strings(dict(settings))
+    if picture is not None:
+        spaces_for(picture, ANY_SIZE, config)
+
+    from ddengine.engine import Engine
+    from ddengine.source import Source
+
+    started = time.perf_counter()
+    where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
+    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, size=working_size, **where)
+    loading = time.perf_counter() - started
+    fitted, fitting = None, 0.0
+    if identity:
+        started = time.perf_counter()
+        fitted = engine.fit_identity(picture, prompt=prompt, seed=seed, progress=progress)
+        fitting = time.perf_counter() - started
+        if save_identity is not None:
+            fitted.save(save_identity)
+    result = engine.edit(
+        Source.load(image, device=engine.model.device) if made else picture,
+        checked,
+        method=method,
+        mask=area,
+        prompt=prompt,
+        config=config,
+        identity=fitted,
+        seed=seed,
+        progress=progress,
+    )
+    result.save(output)
+    facts = {
+        "output": str(output),
+        "size": list(result.image.size),
+        "drags": [
+            {
+                "handle": drag.handle,
+                "target": drag.target,
+                "arrived": point,
+                "distance": _distance(point, drag.target),
+            }
+            for drag, point in zip(checked, result.handles, strict=True)
+        ],
+        "model": model,
+        "method": method,
+        "backend": result.backend,
+        "config": config.to_dict(),
+        "seed": seed,
+        "timings": {
+            **result.timings,
+            **({"identity": fitting} if identity else {}),
+            "load": result.timings["load"] + loading,
+            "total": result.timings["total"] + loading + fitting,
+        },
+        "passes": result.passes,
+        "history": result.history,
+        "notes": result.notes,
+    }
+    return facts, _edit_text(facts)
+
+
+@click.command()
+@click.argument("image", type=FILE)
+@click.option("-o", "--output", metavar="FILE.safetensors", type=FILE, required=True)
+@model_options
+@engine_options
+@build_option
+@click.option(
+    "--config",
+    "preset",
+    default="default",
+    show_default=True,
+    metavar="PRESET",
+    help="Named configuration, as of edit.",
+)
+@click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
+@click.option(
+    "--kv/--no-kv", default=True, show_default=True, help="Keep keys and values: most of the file, faster edits."
+)
+@answering
+def prepare(
+    image: Path,
+    output: Path,
+    prompt: str,
+    model: str,
+    readout: Path | None,
+    lora: Path | None,
+    vae: Path | None,
+    working_size: int | None,
+    backend: str,
+    device: str,
+    dtype: str,
+    build: bool,
+    preset: str,
+    settings: tuple[tuple[str, str], ...],
+    kv: bool,
+    progress: bool,
+) -> Answer:
+    """Do for IMAGE all that no drag changes; `ddengine edit FILE.safetensors` then pays only for its drags."""
+    from ddengine.artifacts import check_tensors_path
+    from ddengine.config import DirectDragConfig
+    from ddengine.image import read_image
+    from ddengine.request import ANY_SIZE, spaces_for
+
+    check_tensors_path(output)
+    picture = read_image(image)
+    config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
+    spaces_for(picture, ANY_SIZE, config)
+
+    from ddengine.engine import Engine
+
+    started = time.perf_counter()
+    where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
+    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, size=working_size, **where)
+    loading = time.perf_counter() - started
+    source = engine.prepare(picture, prompt=prompt, config=config, progress=progress)
+    source.save(output, kv=kv)
+    written = output.stat().st_size
+    facts = {
+        "output": str(output),
+        "size": list(picture.size),
+        "bytes": {**source.nbytes._asdict(), "file": written},
+        "model": model,
+        "config": config.to_dict(),
+        "timings": {**source.timings, "load": loading, "total": time.perf_counter() - started},
+        "passes": source.passes,
+    }
+    width, height = picture.size
+    return facts, f"wrote {output} ({width} x {height}, {written / 2**20:.1f} MiB)"
+
+
+def _edit_text(facts: dict[str, Any]) -> str:
+    width, height = facts["size"]
+    lines = [f"wrote {facts['output']} ({width} x {height}) in {facts['timings']['total']:.1f} s"]
+    lines += [
+        "  ({:g}, {:g}) arrived at ({:.1f}, {:.1f}), ".format(*drag["handle"], *drag["arrived"])
+        + "{:.1f} pixels from ({:g}, {:g})".format(drag["distance"], *drag["target"])
+        for drag in facts["drags"]
+    ]
+    lines += [f"  note: {note}" for note in facts["notes"]]
+    return "\n".join(lines)
+
+
+def _distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return float(((a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2) ** 0.5)
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except (OSError, ValueError):
+        return False
+
+
+@click.command()
+@click.option("-o", "--output", type=FILE, default="demo-out", show_default=True, help="Folder for the pictures.")
+@engine_options
+@answering
+def demo(output: Path, backend: str, device: str, dtype: str, progress: bool) -> Answer:
+    """Edit the bundled pictures with the embedded model: before, after, side by side.
+
+    Needs no network, no GPU and no weights but those in the package.
+    """
+    from ddengine.demo import run
+
+    shown = run(output, progress=progress, backend=backend, device=device, dtype=dtype)
+    lines = [f"{item.name}: {item.side_by_side} ({item.seconds:.1f} s)" for item in shown]
+    return {"examples": shown}, "\n".join([*lines, f"look at the pictures in {output.resolve()}"])
