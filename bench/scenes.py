@@ -6,30 +6,22 @@ A drag's scene, its goal (the same scene with the part moved) and the embedded m
   the perfect answer, 0 is what doing nothing scores, below 0 is worse than nothing;
 - distance from where the part is found in the edit to its target, as a share of the drag's length: 1 for no motion;
 - PSNR in dB against the input over all pixels that should not change.
+
+`ddengine eval --suite scenes` edits them and makes the table.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
-from ddengine.artifacts import atomic_write, check_writable, make_folder, save_picture
-from ddengine.config import DirectDragConfig, ablation
 from ddengine.drags import Drag
-from ddengine.draw import with_arrows
 from ddengine.scenes.scene import TrueDrag, true_drag
-
-if TYPE_CHECKING:
-    from ddengine.engine import Engine
 
 SIZE = 128
 SEED = 30_000_000  # training and the choice of the default settings used other seeds
@@ -53,7 +45,18 @@ class Score:
 
 def held_out(count: int, seed: int = SEED) -> list[TrueDrag]:
     """`count` drags that no training run has seen."""
-    return [true_drag(np.random.default_rng((seed, k))) for k in range(count)]
+    return [held_out_drag(k, seed) for k in range(count)]
+
+
+def held_out_drag(number: int, seed: int = SEED) -> TrueDrag:
+    """The `number`-th of them, from 0; each is drawn on its own."""
+    return true_drag(np.random.default_rng((seed, number)))
+
+
+def arrow(drag: TrueDrag) -> Drag:
+    """The drag in pixels of a picture of `SIZE` x `SIZE`."""
+    handle, target = ((x * SIZE - 0.5, y * SIZE - 0.5) for x, y in (drag.handle, drag.target))
+    return Drag(handle, target)
 
 
 def score(drag: TrueDrag, edited: Image.Image) -> Score:
@@ -125,72 +128,3 @@ def _grown(region: NDArray[np.bool_], margin: int) -> NDArray[np.bool_]:
         padded = np.pad(out, [(margin, margin) if a == axis else (0, 0) for a in (0, 1)])
         out = np.lib.stride_tricks.sliding_window_view(padded, 2 * margin + 1, axis).any(-1)
     return out
-
-
-def configurations(rows: bool) -> dict[str, DirectDragConfig]:
-    """What the bench compares: the default, the default with every stage off, and with `rows` the ablation on it."""
-    table = ablation("default")
-    chosen = {"default": table["+SM+RG+LWF"].config, "all stages off": table["baseline"].config}
-    if rows:
-        chosen |= {"soft mask": table["+SM"].config, "soft mask, readout": table["+SM+RG"].config}
-        chosen |= {name: DirectDragConfig.preset(name) for name in ("fast", "preview", "paper")}
-    return chosen
-
-
-def measure(engine: Engine, count: int, folder: Path, *, rows: bool = False, progress: bool = False) -> dict[str, Any]:
-    """Edit `count` held-out drags with every configuration; writes scenes.json and contact.png in `folder`."""
-    drags, configs = held_out(count), configurations(rows)
-    check_writable(make_folder(folder) / "scenes.json")
-    scores: dict[str, list[Score]] = {name: [] for name in ("unedited", *configs, "goal")}
-    sheet = []
-    for drag in tqdm(drags, disable=not progress):
-        picture, goal = drag.scene.render(SIZE), drag.goal.render(SIZE)
-        arrow = Drag(*((x * SIZE - 0.5, y * SIZE - 0.5) for x, y in (drag.handle, drag.target)))
-        edited = {name: engine.edit(picture, [arrow], config=config).image for name, config in configs.items()}
-        for name, image in {"unedited": picture, **edited, "goal": goal}.items():
-            scores[name].append(score(drag, image))
-        sheet.append([with_arrows(picture, [arrow], 2), *(x.resize((256, 256), 2) for x in (goal, *edited.values()))])
-    facts = {
-        "summary": {name: summary(found) for name, found in scores.items()},
-        "configs": {name: config.to_dict() for name, config in configs.items()},
-        "model": engine.model.digest,
-        "backend": engine.backend.name,
-        "edits": {name: [asdict(s) for s in found] for name, found in scores.items()},
-    }
-    atomic_write(folder / "scenes.json", json.dumps(facts, indent=1).encode())
-    save_picture(contact_sheet(sheet), folder / "contact.png")
-    return facts
-
-
-def contact_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """One line per drag: the input with its arrow, the goal, and each configuration's edit."""
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * width, y * height))
-    return sheet
-
-
-def summary(scores: Sequence[Score]) -> dict[str, float]:
-    """Means over edits (and the median gain, which single failures do not move)."""
-    gains = [s.goal_gain for s in scores]
-    return {
-        "edits": len(scores),
-        "goal_gain": float(np.mean(gains)),
-        "goal_gain_median": float(np.median(gains)),
-        "distance": float(np.mean([s.distance for s in scores])),
-        "psnr_outside": float(np.mean([s.psnr_outside for s in scores])),
-    }
-
-
-def table(summaries: Mapping[str, Mapping[str, float]]) -> str:
-    """The summary as a Markdown table."""
-    lines = [
-        "| configuration | goal gain (mean) | (median) | distance | PSNR outside, dB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, s in summaries.items():
-        numbers = f"{s['goal_gain']:.2f} | {s['goal_gain_median']:.2f} | {s['distance']:.2f} | {s['psnr_outside']:.1f}"
-        lines.append(f"| {name} | {numbers} |")
-    return "\n".join(lines)

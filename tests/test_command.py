@@ -79,12 +79,13 @@ def test_the_demo_writes_its_pictures(picture, monkeypatch, quick_default):
     assert (before != after).any()
 
 
-def test_the_scene_bench_answers_with_a_table_and_files(picture, quick_default):
-    done = call("bench", "scenes", "--count", "1", "-o", "bench", "--device", "cpu")
+def test_the_evaluation_of_scenes_answers_with_a_table_and_files(picture, quick_default):
+    done = call("eval", "--suite", "scenes", "--limit", "1", "-o", "out", "--device", "cpu")
     assert (done.exit_code, done.stderr) == (0, ""), done.output
-    assert "| default |" in done.stdout and "| goal |" in done.stdout
-    with open("bench/scenes.json", encoding="utf-8") as file:
+    assert " default " in done.stdout and " goal " in done.stdout
+    with open("out/evaluation.json", encoding="utf-8") as file:
         facts = json.load(file)
-    assert facts["summary"]["goal"]["goal_gain"] == pytest.approx(1)
-    assert facts["configs"]["default"]["n_inference_step"] == 8
-    assert len(np.asarray(Image.open("bench/contact.png"))) == 256
+    assert facts["rows"]["goal"]["cells"]["goal_gain"]["per_image"] == pytest.approx(1)
+    assert facts["rows"]["default"]["config"]["n_inference_step"] == 8
+    with open("out/report.html", encoding="utf-8") as file:
+        assert "000-bloom" in file.read()

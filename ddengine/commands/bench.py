@@ -12,34 +12,12 @@ from ddengine.terminal import (
     SettingType,
     answering,
     device_option,
-    engine_options,
 )
 
 
 @click.group()
 def bench() -> None:
     """Measure what the engine does."""
-
-
-@bench.command("scenes")
-@click.option("--count", type=click.IntRange(min=1), default=60, show_default=True, help="Held-out drags.")
-@click.option("--ablation", is_flag=True, help="Every row of the ablation too, and the paper's settings.")
-@click.option(
-    "-o", "--output", type=FILE, default="out/scenes", show_default=True, help="Folder for JSON and pictures."
-)
-@click.option("--model", default="embedded", show_default=True, help="embedded, or a folder train-embedded made.")
-@engine_options
-@answering
-def bench_scenes(
-    count: int, ablation: bool, output: Path, model: str, backend: str, device: str, dtype: str, progress: bool
-) -> Answer:
-    """Quality on drawn scenes whose right answer is known."""
-    from ddengine.bench import scenes
-    from ddengine.engine import Engine
-
-    engine = Engine.load(model, backend=backend, device=device, dtype=dtype)
-    facts = scenes.measure(engine, count, output, rows=ablation, progress=progress)
-    return facts, scenes.table(facts["summary"])
 
 
 @bench.command("limit")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,28 +37,9 @@ def test_held_out_scenes_are_fixed_and_distinct():
     assert len({d.scene for d in DRAGS}) == len(DRAGS)
 
 
-def test_summary_is_the_mean_and_the_table_shows_it():
-    found = [scenes.Score("a", 0.2, 0.4, 30.0), scenes.Score("b", 0.6, 0.2, 40.0)]
-    summary = scenes.summary(found)
-    assert summary == pytest.approx(
-        {"edits": 2, "goal_gain": 0.4, "goal_gain_median": 0.4, "distance": 0.3, "psnr_outside": 35.0}
-    )
-    assert scenes.table({"x": summary}).endswith("| x | 0.40 | 0.40 | 0.30 | 35.0 |")
-
-
-def test_the_bench_edits_and_writes(tmp_path, monkeypatch):
-    """A stand-in engine that answers every drag perfectly must score 1, and one that does nothing 0."""
-    goals = {np.asarray(d.scene.render(scenes.SIZE)).tobytes(): d.goal.render(scenes.SIZE) for d in DRAGS}
-    perfect = SimpleNamespace(
-        model=SimpleNamespace(digest="0"),
-        backend=SimpleNamespace(name="eager"),
-        edit=lambda picture, drags, config: SimpleNamespace(
-            image=goals[np.asarray(picture).tobytes()] if config.soft_mask else picture
-        ),
-    )
-    facts = scenes.measure(perfect, len(DRAGS), tmp_path / "new", rows=False)
-    assert facts["summary"]["default"]["goal_gain"] == facts["summary"]["goal"]["goal_gain"] == 1
-    assert facts["summary"]["all stages off"]["goal_gain"] == facts["summary"]["unedited"]["goal_gain"] == 0
-    assert json.loads((tmp_path / "new" / "scenes.json").read_text())["summary"] == facts["summary"]
-    with Image.open(tmp_path / "new" / "contact.png") as sheet:
-        assert sheet.size == (256 * 4, 256 * len(DRAGS))
+def test_the_arrow_lies_on_pixel_centres():
+    for drag in DRAGS:
+        for point, at in zip(
+            (drag.handle, drag.target), (scenes.arrow(drag).handle, scenes.arrow(drag).target), strict=True
+        ):
+            assert [(pixel + 0.5) / scenes.SIZE for pixel in at] == pytest.approx(list(point))
