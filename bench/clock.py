@@ -20,13 +20,14 @@ class Clock:
 
     @property
     def name(self) -> str:
-        return "the process's own time" if self._alone else "host"
+        return "the process's own time" if self.own else "host"
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.process_time() if self._alone else time.perf_counter()
+        return time.process_time() if self.own else time.perf_counter()
 
     @property
-    def _alone(self) -> bool:
+    def own(self) -> bool:
+        """Whether others on the machine are left out."""
         return self.device.type == "cpu" and torch.get_num_threads() == 1

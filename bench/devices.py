@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,3 +60,9 @@ def devices(names: Sequence[str] = (), *, measured: bool = False) -> dict[str, D
     if measured and len(chosen) != 1:
         raise InputError(f"a measured time belongs to one GPU, {len(chosen)} are named; name the one it is of")
     return chosen or dict(DEVICES)
+
+
+def named(name: str) -> Device | None:
+    """What is known of a GPU by the name that its driver gives; None of others, PCIe cards among them."""
+    words = re.split(r"[\s-]+", name.lower())
+    return next((about for key, about in DEVICES.items() if key in words and "pcie" not in words), None)

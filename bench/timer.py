@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddengine.bench.devices import DEVICES
+from ddengine.bench.devices import named
+from ddengine.bench.nvml import Nvml
+from ddengine.errors import BackendUnavailable
 
 Call = Callable[[], object]
 COMMIT = "DDENGINE_COMMIT"  # names the commit where the sources travel without their history
@@ -148,13 +149,12 @@ def summary(samples: list[float], clock: str) -> Timing:
 
 def bandwidth(device: torch.device | str) -> dict[str, float | None]:
     """Bytes a second of a CUDA device: the data sheet's peak (None if its name is not known) and a large copy's."""
-    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device).lower())
-    known = [peaks for name, peaks in DEVICES.items() if name in words and "pcie" not in words]
+    known = named(torch.cuda.get_device_name(device))
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     goal = torch.empty_like(source)
     taken = measure({"copy": lambda: goal.copy_(source)}, device, seconds=0.5)["copy"].median
     return {
-        "peak": known[0].bandwidth * 1e12 if known else None,
+        "peak": known.bandwidth * 1e12 if known else None,
         "copy": 2 * source.numel() / taken,
     }
 
@@ -168,6 +168,9 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "tensorrt": _first("tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13"),
+        "onnxruntime": _first("onnxruntime-gpu", "onnxruntime"),
+        **driver(device),
         **_sources(),
     }
     if torch.device(device).type == "cuda":
@@ -181,6 +184,18 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
             "bandwidth": bandwidth(device),
         }
     return facts
+
+
+def driver(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The GPU's driver, power limit and clocks beside the processor's, as they are now; None where nobody tells."""
+    facts: dict[str, Any] = {"driver": None, "clocks_mhz": {"processor": _processor_mhz()}}
+    if torch.device(device).type != "cuda":
+        return facts
+    try:
+        told = Nvml(device).facts()
+    except BackendUnavailable as error:
+        return {**facts, "driver_unknown": str(error)}
+    return {**told, "clocks_mhz": facts["clocks_mhz"] | told["clocks_mhz"]}
 
 
 def _sources() -> dict[str, Any]:
@@ -209,6 +224,22 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _processor_mhz() -> float | None:
+    """The mean over all cores as Linux reports it now; in a virtual machine often what the host promises."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        found = []
+    return round(sum(found) / len(found)) if found else None
+
+
+def _first(*packages: str) -> str | None:
+    """Name and version of the first of some packages that is installed."""
+    known = ((package, _version(package)) for package in packages)
+    return next((f"{package} {version}" for package, version in known if version), None)
 
 
 def _version(package: str) -> str | None:

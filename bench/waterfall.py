@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from ddengine.backends.compiled import CompiledPasses
 from ddengine.backends.eager import EagerPasses
 from ddengine.bench.account import Account
 from ddengine.bench.clock import Clock
-from ddengine.bench.devices import DEVICES, Device
+from ddengine.bench.devices import Device, named
 from ddengine.bench.engine_code import EngineCode
 from ddengine.bench.gate import Gate
 from ddengine.bench.published import SETTINGS, Outcome, PublishedCode, Update
@@ -256,7 +255,7 @@ def run(
             "batch": batch,
             "load": [],
         }
-        gpu = named_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" and shape == "sd15" else None
+        gpu = named(torch.cuda.get_device_name(device)) if device.type == "cuda" and shape == "sd15" else None
         facts["floor"] = None if gpu is None else floors(work, gpu)
         for facts["bars"] in measure(engine, work, bars, rounds, progress=progress):
             facts["load"] += [round(os.getloadavg()[0], 1)] if hasattr(os, "getloadavg") else []
@@ -434,12 +433,6 @@ def drift(outcome: Outcome, end: Outcome | None) -> dict[str, Any]:
     if end is not None:
         facts["latent_apart"] = float((outcome.latent - end.latent).abs().mean() / end.latent.abs().mean())
     return facts
-
-
-def named_gpu(name: str) -> Device | None:
-    """What is known of a GPU by the name that its driver gives."""
-    words = re.split(r"[\s-]+", name.lower())
-    return next((about for key, about in DEVICES.items() if key in words and "pcie" not in words), None)
 
 
 def floors(work: Work, gpu: Device) -> dict[str, Any]:

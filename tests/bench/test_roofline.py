@@ -15,7 +15,7 @@ from ddengine.backends.eager import EagerPasses
 from ddengine.bench import roofline
 from ddengine.bench.account import Account, edit_calls, total, unet_passes
 from ddengine.bench.counting import Cost, Counter
-from ddengine.bench.devices import DEVICES, Device, devices
+from ddengine.bench.devices import DEVICES, Device, devices, named
 from ddengine.bench.roofline import floor, floor_ms, report, share, text
 from ddengine.bench.savings import Published, Structure
 from ddengine.bench.shapes import sd15
@@ -240,6 +240,8 @@ def test_devices_are_found_by_name() -> None:
         devices(["h20"])
     with pytest.raises(InputError, match="one GPU, 2 are named"):
         devices(["h200", "a100"], measured=True)
+    assert named("NVIDIA H200") is DEVICES["h200"] and named("NVIDIA GeForce RTX 4090").tflops == 165.2
+    assert named("NVIDIA H100 PCIe") is None and named("Tesla T4") is None
 
 
 def test_the_command_refuses_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:

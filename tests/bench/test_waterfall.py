@@ -25,7 +25,7 @@ from ddengine.bench.engine_code import EngineCode
 from ddengine.bench.published import SETTINGS, Outcome, PublishedCode, Update
 from ddengine.bench.published_maps import between, cut
 from ddengine.bench.savings import Published, Structure
-from ddengine.bench.waterfall import Work, make_gate, named_gpu, settings, union
+from ddengine.bench.waterfall import Work, make_gate, settings, union
 from ddengine.cli import main
 from ddengine.config import DirectDragConfig
 from ddengine.directdrag import unit as unit_module
@@ -324,8 +324,6 @@ def test_a_plot_that_cannot_be_drawn_is_refused_first(tmp_path: Path, monkeypatc
 
 def test_what_a_device_was_busy_with_counts_once() -> None:
     assert union([]) == 0 and union([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5
-    assert named_gpu("NVIDIA H200").name == "H200 SXM" and named_gpu("NVIDIA GeForce RTX 4090").tflops == 165.2
-    assert named_gpu("NVIDIA H100 PCIe") is None and named_gpu("Tesla T4") is None
 
 
 def test_the_page_has_the_numbers_of_the_results() -> None:
