@@ -3,17 +3,18 @@
 #
 # Installs the checkout into a folder of its own, runs the GPU tests, then the benchmarks. Log and JSON go to $OUT
 # (default out/gpu). Wants a CUDA device and Python 3.10 or later with torch, triton, click, tqdm, pytest and hypothesis;
-# needs no network. The waterfall wants diffusers, safetensors and filelock too, and is left out without them. Without a
-# CUDA device the suite does what it can, says so and exits with 3.
+# needs no network. Waterfall and latency want diffusers, safetensors and filelock too, and are left out without them.
+# Without a CUDA device the suite does what it can, says so and exits with 3.
 #
 # PYTHON chooses the interpreter, DDENGINE_COMMIT names the commit where .git did not travel, LIMIT is the longest time
-# of one step in seconds, STEPS the steps to run (default: all).
+# of one step in seconds, STEPS the steps to run (default: all), DDENGINE_PEERS a folder of other editors' checkouts to run
+# beside this one.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd) || exit 1
 LIMIT=${LIMIT:-420}
-STEPS=${STEPS:-"tests tensorrt compile kernels engine parity waterfall"}
+STEPS=${STEPS:-"tests tensorrt compile kernels engine parity waterfall latency peers"}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 LOG=$OUT/suite.log
@@ -34,7 +35,7 @@ step() {
   code=${PIPESTATUS[0]}
   [ "$code" -eq 124 ] && say "$name: stopped after $LIMIT s"
   [ "$code" -eq 0 ] || failed=1
-  summary+=("$(printf '%-10s exit %-4s %s s' "$name" "$code" $((SECONDS - started)))")
+  summary+=("$(printf '%-14s exit %-4s %s s' "$name" "$code" $((SECONDS - started)))")
   return "$code"
 }
 wanted() { [[ " $STEPS " == *" $1 "* ]]; }
@@ -99,6 +100,31 @@ if [ "$cuda" -eq 0 ]; then
     # give them a longer LIMIT the first time. Either file holds the rounds that were done when time ran out.
     bench waterfall waterfall --shape sd15 --rounds 3 -o "$OUT/waterfall-eager.json"
     bench compiled waterfall --shape sd15 --rounds 3 --compile -o "$OUT/waterfall.json"
+  fi
+  if wanted latency && ! "$PYTHON" -c 'import diffusers, filelock, safetensors' 2>>"$LOG"; then
+    say "latency: needs diffusers, safetensors and filelock; not run"
+  elif wanted latency; then
+    # Plain first, by itself; then the backends that have to be built, minutes for each number of points. Run into the
+    # same $OUT again, a step that time ended goes on with what it lacks.
+    for shape in embedded sd15; do
+      model=(--dtype float16 --updates 30 --resume)
+      [ "$shape" = sd15 ] && model+=(--shape sd15)
+      bench "plain-$shape" latency "${model[@]}" --backend eager -o "$OUT/latency-$shape-eager.json"
+      bench "built-$shape" latency "${model[@]}" --points 1 --points 4 --backend eager --backend compile \
+        --backend tensorrt --backend auto --build -o "$OUT/latency-$shape.json" --csv "$OUT/latency-$shape.csv"
+    done
+  fi
+  if wanted peers && [ -z "${DDENGINE_PEERS:-}" ]; then
+    say "peers: DDENGINE_PEERS names no folder of checkouts; not run"
+  elif wanted peers; then
+    # Other editors at the same shape: a folder each, directdrag, gooddrag ..., with the Python of its .venv, if any.
+    peers=()
+    for folder in "$DDENGINE_PEERS"/*/; do
+      name=$(basename "$folder")
+      peers+=(--repo "$name=$folder")
+      [ -x "$folder.venv/bin/python" ] && peers+=(--python "$name=$folder.venv/bin/python")
+    done
+    bench peers peers --model sd15 --dtype float16 --updates 30 "${peers[@]}" -o "$OUT/peers.json"
   fi
 else
   say "no CUDA device: the GPU tests and the benchmarks were not run; run this where torch.cuda.is_available()"
