@@ -47,6 +47,34 @@ def with_arrows(picture: Image.Image, drags: Iterable[Drag], factor: int = 1) ->
     return canvas
 
 
+def with_dots(
+    picture: Image.Image, handles: Iterable[Point] = (), targets: Iterable[Point] = (), rings: Iterable[Point] = ()
+) -> Image.Image:
+    """A copy of the picture with the dots of handles (red) and of targets (blue), and white rings around points.
+
+    All are (x, y) pixels of the picture; sizes and casings as of `with_arrows`.
+    """
+    canvas = picture.convert("RGB")
+    fine = max(1, min(4, _MAX_LAYER // max(canvas.size)))
+    unit = fine * max(1.0, max(canvas.size) / 220)
+    spots = [(point, colour, 2.6) for points, colour in ((targets, _TARGET), (handles, _HANDLE)) for point in points]
+    for (x, y), colour, radius in [*spots, *((point, None, 5.0) for point in rings)]:
+        reach = math.ceil((radius + 2) * unit / fine)
+        side = (2 * reach + 1) * fine
+        layer = Image.new("RGBA", (side, side), (*_CASING[:3], 0))
+        draw, left, top = ImageDraw.Draw(layer), round(x) - reach, round(y) - reach
+        middle = (x - left + 0.5) * fine, (y - top + 0.5) * fine
+        for grow, fill in ((0.8 * unit, _CASING), (0.0, colour or _SHAFT)):
+            box = [middle[axis] + sign * (radius * unit + grow) for sign in (-1, 1) for axis in (0, 1)]
+            if colour is None:
+                draw.ellipse(box, outline=fill, width=round(1.1 * unit + 2 * grow))
+            else:
+                draw.ellipse(box, fill=fill)
+        layer = layer.resize((2 * reach + 1, 2 * reach + 1), Image.Resampling.BOX)
+        canvas.paste(layer, (left, top), layer)
+    return canvas
+
+
 def side_by_side(pictures: Iterable[Image.Image], gap: int = 12) -> Image.Image:
     """Pictures of one height in a row on white, `gap` pixels apart."""
     row = list(pictures)

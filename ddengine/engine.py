@@ -24,7 +24,7 @@ from ddengine.config import DirectDragConfig
 from ddengine.directdrag.decode import decode
 from ddengine.directdrag.drag import StepShape
 from ddengine.directdrag.edit import Edited, Record, Task, edit_batch
-from ddengine.directdrag.mask import work_mask
+from ddengine.directdrag.mask import edit_mask, work_mask
 from ddengine.directdrag.memory import check_budget
 from ddengine.directdrag.points import image_points, points_for
 from ddengine.directdrag.prepare import prepare
@@ -210,6 +210,21 @@ class Engine:
         result.backend.update(before)
         result.timings["total"] = time.perf_counter() - started
         return result
+
+    def soft_mask(
+        self, image: Any, drags: Iterable[Any], *, config: DirectDragConfig | str | None = None
+    ) -> NDArray[np.float32]:
+        """Where an edit with these drags and no mask would be free to change the picture, without editing it.
+
+        image: a `Source`, or what `prepare` takes. float32 [H, W] in 0..1 at its size, 1 where it may change: the
+        `mask` of the edit's result. Raises InputError.
+        """
+        settings = _settings_for(image, config)
+        picture = image.image if isinstance(image, Source) else read_image(image)
+        arrows = parse_drags(drags, *picture.size)
+        spaces = spaces_for(picture, self.model.size, settings)
+        mask = edit_mask(*points_for(settings, arrows, spaces), spaces.feature_hw, settings)
+        return _resized_mask(mask, picture.size)
 
     def edit_batch(
         self,

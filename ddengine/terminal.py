@@ -132,6 +132,8 @@ EDIT_EXAMPLES = (
     "ddengine edit cat.png --drag 153,445:210,443 -o out.png",
     "ddengine edit cat.png --drag 60,90:60,70 --drag 90,90:90,70 --config fast -o out.png",
     "ddengine edit cat.png --drag 60,90:60,70 --set r2=16 --set preserve=off -o out.png --json",
+    "ddengine edit cat.png --drag 60,90:60,70 -o out.png --save-recipe edit.json",
+    "ddengine edit cat.png --from edit.json -o again.png",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from ddengine.terminal import (
     seed_option,
 )
 
+if TYPE_CHECKING:
+    from ddengine.recipe import Recipe
+
 
 @click.command(cls=EditCommand)
 @click.argument("image", type=FILE)
@@ -30,9 +33,18 @@ from ddengine.terminal import (
     "drags",
     type=DragType(),
     multiple=True,
-    required=True,
-    help="Move what is at the first point to the second; pixels, x right, y down. Repeatable.",
+    help="Move what is at the first point to the second; pixels, x right, y down. Repeatable; one is needed.",
 )
+@click.option(
+    "--from",
+    "replayed",
+    metavar="FILE.json",
+    type=FILE,
+    help="Make the edit of such a file instead, to the same pixels; IMAGE has to be the picture it was made for. What "
+    "is edited and how is the file's own, so --drag, --mask, --prompt, --config, --set, --seed and the like are "
+    "refused beside it; options of model, backend, device and dtype given beside it count in place of the file's.",
+)
+@click.option("--save-recipe", metavar="FILE.json", type=FILE, help="Write the edit to such a file, for --from.")
 @click.option("-o", "--output", type=FILE, required=True, help="Picture to write; its suffix is its format.")
 @click.option("--mask", type=FILE, help="Picture of the same size: white may change, black stays.")
 @model_options
@@ -53,6 +65,8 @@ from ddengine.terminal import (
 def edit(
     image: Path,
     drags: tuple[Drag, ...],
+    replayed: Path | None,
+    save_recipe: Path | None,
     output: Path,
     mask: Path | None,
     prompt: str,
@@ -78,14 +92,33 @@ def edit(
     from ddengine.config import DirectDragConfig
     from ddengine.drags import parse_drags
     from ddengine.image import read_image
+    from ddengine.recipe import Recipe, check_recipe_path, mask_png, picture_digest, read_recipe
     from ddengine.request import ANY_SIZE, checked_mask, spaces_for
     from ddengine.source_reader import SUFFIX, read_header
 
     # All that the user can have got wrong is found before the seconds that torch and the weights take.
-    for given in (image, mask):
-        if given is not None and _same_file(given, output):
-            raise InputError(f"{output} is the input itself; name another file with -o")
+    for given in (image, mask, replayed):
+        for written, option in ((output, "-o"), (save_recipe, "--save-recipe")):
+            if given is not None and written is not None and _same_file(given, written):
+                raise InputError(f"{written} is the input itself; name another file with {option}")
     check_picture_path(output)
+    recipe = None
+    if replayed is not None:
+        _refuse_beside_from()
+        recipe = read_recipe(replayed)
+        drags, prompt, method, seed = recipe.drags, recipe.prompt, recipe.method, recipe.seed
+        chosen = _chosen_beside(recipe)
+        model, readout, lora, vae, working_size = (chosen[name] for name in _MODEL)
+        backend, device, dtype = (chosen[name] for name in _WHERE)
+    elif not drags:
+        raise InputError("no drag was given; add --drag X0,Y0:X1,Y1, or --from FILE.json; see ddengine edit --help")
+    if save_recipe is not None:
+        check_recipe_path(save_recipe)
+        if identity:
+            raise InputError(
+                f"--save-recipe {save_recipe} cannot hold the LoRA that --identity fits; fit it once with "
+                f"--save-identity FILE.safetensors and edit with --lora FILE.safetensors"
+            )
     if save_identity is not None:
         if not identity:
             raise InputError(f"--save-identity {save_identity} has nothing to save; add --identity")
@@ -97,10 +130,12 @@ def edit(
         )
     picture: Any = None if made else read_image(image)
     size = made.image_size if made else picture.size
+    if recipe is not None and picture is not None:
+        recipe.check_picture(picture)
     checked = parse_drags(drags, *size)
-    area = checked_mask(mask, size)
+    area = recipe.area() if recipe is not None else checked_mask(mask, size)
     base = made.config if made and preset is None else DirectDragConfig.preset(preset or "default")
-    config = base.changed_from_strings(dict(settings))
+    config = recipe.config if recipe is not None else base.changed_from_strings(dict(settings))
     if picture is not None:
         spaces_for(picture, ANY_SIZE, config)
 
@@ -109,8 +144,12 @@ def edit(
 
     started = time.perf_counter()
     where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
-    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, size=working_size, **where)
+    parts: dict[str, Any] = {"readout": readout, "lora": lora, "vae": vae}
+    engine = Engine.load(model=model, size=working_size, **parts, **where)
     loading = time.perf_counter() - started
+    source = Source.load(image, device=engine.model.device) if made else None
+    if recipe is not None and source is not None:
+        recipe.check_picture(source.image)
     fitted, fitting = None, 0.0
     if identity:
         started = time.perf_counter()
@@ -119,7 +158,7 @@ def edit(
         if save_identity is not None:
             fitted.save(save_identity)
     result = engine.edit(
-        Source.load(image, device=engine.model.device) if made else picture,
+        picture if source is None else source,
         checked,
         method=method,
         mask=area,
@@ -130,8 +169,27 @@ def edit(
         progress=progress,
     )
     result.save(output)
+    if save_recipe is not None:
+        shown = picture if source is None else source.image
+        Recipe(
+            image_size=shown.size,
+            image_sha256=picture_digest(shown),
+            drags=checked,
+            config=config,
+            prompt=prompt if source is None else source.prompt,
+            seed=seed,
+            mask=mask_png(area),
+            method=method,
+            model=model,
+            **{name: None if part is None else str(part) for name, part in parts.items()},
+            size=working_size,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        ).save(save_recipe)
     facts = {
         "output": str(output),
+        "recipe": None if save_recipe is None else str(save_recipe),
         "size": list(result.image.size),
         "drags": [
             {
@@ -228,6 +286,33 @@ def prepare(
     }
     width, height = picture.size
     return facts, f"wrote {output} ({width} x {height}, {written / 2**20:.1f} MiB)"
+
+
+# Parameters of `edit` that a file replayed by --from decides, with their options; then those that may go beside it.
+_DECIDED = {"drags": "--drag", "mask": "--mask", "prompt": "--prompt", "method": "--method", "preset": "--config",
+            "settings": "--set", "seed": "--seed", "identity": "--identity"}  # fmt: skip
+_MODEL = ("model", "readout", "lora", "vae", "working_size")
+_WHERE = ("backend", "device", "dtype")
+
+
+def _given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+
+
+def _refuse_beside_from() -> None:
+    if odd := [option for name, option in _DECIDED.items() if _given(name)]:
+        raise InputError(
+            f"{', '.join(odd)} cannot be given beside --from, whose file says what is edited and how; leave it out, or "
+            f"make the edit anew without --from"
+        )
+
+
+def _chosen_beside(recipe: Recipe) -> dict[str, Any]:
+    """Model and place of a replayed edit: what was given beside --from, else the file's own."""
+    options = click.get_current_context().params
+    own = {**{name: getattr(recipe, name) for name in (*_MODEL[:4], *_WHERE)}, "working_size": recipe.size}
+    return {name: options[name] if _given(name) else value for name, value in own.items()}
 
 
 def _edit_text(facts: dict[str, Any]) -> str:

@@ -89,7 +89,9 @@ class CompiledUnit:
             )
             if package is None:
                 height, width = (8 * cells for cells in shape.latent_hw)
-                return f"no compiled {name} for {width} x {height} pixels, {shape.edits} edits of {shape.pairs} points"
+                points = "1 point" if shape.pairs == 1 else f"{shape.pairs} points"
+                edits = "an edit" if shape.edits == 1 else f"{shape.edits} edits"
+                return f"no compiled {name} for {width} x {height} pixels, {edits} of {points}"
             self._functions[key] = package
         return ""
 

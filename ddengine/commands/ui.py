@@ -1,0 +1,74 @@
+"""The browser editor: the command `ui`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddengine.commands.options import FILE, build_option
+from ddengine.terminal import Answer, answering, engine_options
+
+
+@click.command()
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port on this machine; 0: any. [default: the first free from 7860]"
+)
+@click.option("--open/--no-open", "opening", default=True, show_default=True, help="Open the page in a browser.")
+@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
+@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
+@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
+@click.option("--vae", type=FILE, help="Folder of another VAE.")
+@click.option("--size", "working_size", type=int, help="Long side of the working picture. [default: the model's]")
+@engine_options
+@build_option
+@answering
+def ui(
+    port: int | None,
+    opening: bool,
+    model: str,
+    readout: Path | None,
+    lora: Path | None,
+    vae: Path | None,
+    working_size: int | None,
+    backend: str,
+    device: str,
+    dtype: str,
+    build: bool,
+) -> Answer:
+    """Edit pictures in a browser, on this machine: click what should move, then where it should go.
+
+    The page is at an address of this machine that no other can reach; nothing is sent anywhere. Ctrl-C stops it.
+    """
+    from ddengine.ui.server import check_installed, open_socket, running
+
+    check_installed()
+    bound = open_socket(port)
+
+    from ddengine.engine import Engine
+    from ddengine.ui.editor import Described, Editor
+
+    try:
+        parts: dict[str, Any] = {"readout": readout, "lora": lora, "vae": vae}
+        where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
+        engine = Engine.load(model=model, size=working_size, build=build, **parts, **where)
+        named: dict[str, Any] = {name: None if part is None else str(part) for name, part in parts.items()}
+        editor = Editor(engine, Described(model=model, size=working_size, **named, **where))
+        address = "http://{}:{}".format(*bound.getsockname())
+        with running(editor, bound) as server:
+            click.echo(f"the editor is at {address} (Ctrl-C stops it)", err=True)
+            if opening and _has_display():
+                click.launch(address)
+            server.run(sockets=[bound])  # until Ctrl-C or SIGTERM
+    finally:
+        bound.close()
+    return {"address": address}, "the editor was stopped"
+
+
+def _has_display() -> bool:
+    """Whether there is a screen to open a browser on: without one, some systems open one in the terminal."""
+    named = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return named or sys.platform in ("darwin", "win32")
