@@ -25,7 +25,12 @@ PACKAGES = [
     "ddengine.metrics",
     "ddengine.models",
     "ddengine.scenes",
+    "ddengine.serve",
     "ddengine.training",
+    "ddengine.ui",
+    "ddengine.bench.evaluation",
+    "ddengine.bench.peers",
+    "ddengine.bench.peers.adapters",
     *MAPPED,
 ]
 
@@ -48,7 +53,16 @@ setup(
     package_data={
         "ddengine": ["py.typed"],
         "ddengine.models": ["embedded_weights/**/*.safetensors", "embedded_weights/**/*.json"],
-        "ddengine.examples": ["*.png", "*.json"],
+        "ddengine.bench.evaluation": ["*.css", "*.js"],
+        "ddengine.examples": [
+            "*.png",
+            "*.json",
+            "serve/*.yaml",
+            "triton/*.md",
+            "triton/*/config.pbtxt",
+            "triton/*/1/*.py",
+        ],
+        "ddengine.ui": ["*.css", "*.js"],
     },
     include_package_data=False,
     cmdclass={"editable_wheel": EditableWheel},

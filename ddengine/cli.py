@@ -5,7 +5,17 @@ from __future__ import annotations
 import click
 
 import ddengine
-from ddengine.commands import bench, editing, upkeep, weights
+from ddengine.commands import (
+    bench_latency,
+    bench_load,
+    bench_peers,
+    editing,
+    evaluate,
+    serve,
+    ui,
+    upkeep,
+    weights,
+)
 from ddengine.terminal import Commands
 
 
@@ -30,6 +40,11 @@ for command in (
     weights.convert_readout,
     weights.train_embedded,
     weights.train_readout,
-    bench.bench,
+    bench_latency.bench,
+    bench_load.bench,
+    bench_peers.bench,  # the same group: each of these modules adds a command to it
+    serve.serve,
+    ui.ui,
+    evaluate.evaluate,
 ):
     main.add_command(command)

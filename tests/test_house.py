@@ -26,7 +26,15 @@ LAYERS = [
         "ddengine.schedule",
         "ddengine.examples",
     ],
-    ["ddengine.draw", "ddengine.kernels", "ddengine.request", "ddengine.scenes", "ddengine.store"],
+    [
+        "ddengine.client",
+        "ddengine.draw",
+        "ddengine.kernels",
+        "ddengine.recipe",
+        "ddengine.request",
+        "ddengine.scenes",
+        "ddengine.store",
+    ],
     ["ddengine.models"],
     # One layer: exporting reads the passes that backends run, and a backend that is asked to build calls the export.
     ["ddengine.backends", "ddengine.export"],
@@ -42,7 +50,7 @@ LAYERS = [
         "ddengine.metrics",
         "ddengine.training",
     ],
-    ["ddengine.demo", "ddengine.environment", "ddengine.bench"],
+    ["ddengine.demo", "ddengine.environment", "ddengine.serve", "ddengine.ui", "ddengine.bench"],
     ["ddengine.terminal", "ddengine.commands", "ddengine.cli", "ddengine.__main__"],
 ]
 # Read by anyone who may read numbers and errors alone.
@@ -64,6 +72,8 @@ def sources() -> dict[str, Path]:
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if folder == "ddengine" and parts[0] in MAPPED:
                 continue  # a link for editors
+            if folder == "examples" and parts[0] == "triton":
+                continue  # a file that another server runs
             name = ".".join([package, *parts]).removesuffix(".__init__")
             found[name] = path
     return found

@@ -1,0 +1,293 @@
+"""The service when things go wrong: each fault is made on a real one, and the next edit must be as good as before."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from ddengine.bench.load import EDIT, JOBS, Say, picture
+from ddengine.bench.service import Running, running
+from ddengine.client import Client, RemoteEdit, ServiceError
+
+LONG: dict[str, Any] = {"config": "fast"}  # seconds of dragging
+STAGES = ("encode", "invert", "reference", "warp", "drag", "denoise")
+PATIENCE_S = 120.0
+
+
+def measure(*, ray: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
+    """Make every fault in turn; what came of each, in the order of the table."""
+    found: dict[str, Any] = {}
+    with running(
+        "--queue", "2", "--progress-s", "0", "--body-bytes", str(1 << 20), "--drain-s", "60", ray=ray
+    ) as service:
+        with service.client(retries=8) as client:
+            first = _pixels(client)
+            faults: dict[str, Callable[[Running, Client], dict[str, Any]]] = {
+                "cancelled": _cancelled,
+                "client gone": _client_gone,
+                "deadline": _deadline,
+                "queue full": _queue_full,
+                "hostile": _hostile,
+                **({"worker killed": _worker_killed} if ray else {}),
+            }
+            for name, fault in faults.items():
+                found[name] = fault(service, client)
+                found[name]["next_equal"] = _pixels(client) == first
+                say(f"  {name}: {found[name]}")
+        found["stopped"] = _stopped(service)
+        say(f"  stopped: {found['stopped']}")
+    return found
+
+
+def _pixels(client: Client) -> bytes:
+    return client.edit(picture(), [JOBS[0]], **EDIT).image.tobytes()
+
+
+def _cancelled(service: Running, client: Client) -> dict[str, Any]:
+    """Cancel at every stage: seconds until the worker is idle again, beside the longest step of an edit."""
+    seconds, codes = {}, {}
+    for stage in STAGES:
+        edit = client.submit(picture(), [JOBS[0]], **(LONG if stage in ("warp", "drag") else EDIT | _slow(stage)))
+        for at in edit.events():
+            if at.stage == stage:
+                break
+        began = time.perf_counter()
+        edit.cancel()
+        _idle(client)
+        seconds[stage], codes[stage] = time.perf_counter() - began, _outcome(edit)
+    times = [time.perf_counter() for _ in client.submit(picture(), [JOBS[0]], **LONG).events()]
+    return {"seconds": seconds, "codes": codes, "longest_step_s": max(b - a for a, b in itertools.pairwise(times))}
+
+
+def _slow(stage: str) -> dict[str, Any]:
+    """Settings that make a stage last."""
+    steps = {"n_inference_step": 100, "inversion_strength": 1.0, "drag_end_step": 0 if stage == "denoise" else 1}
+    return {"settings": {**steps, "track_per_step": 1, "max_drag_per_track": 1}}
+
+
+def _outcome(edit: RemoteEdit) -> str:
+    try:
+        edit.result()
+    except ServiceError as error:
+        return error.code
+    return "ok"
+
+
+def _client_gone(service: Running, client: Client) -> dict[str, Any]:
+    """A client hangs up while its edit runs."""
+    connection = _posted(service, LONG)
+    _until(lambda: _number(client, "running") == 1)
+    time.sleep(0.3)
+    began = time.perf_counter()
+    connection.close()
+    _idle(client)
+    return {"seconds": time.perf_counter() - began}
+
+
+def _deadline(service: Running, client: Client) -> dict[str, Any]:
+    """An edit that takes longer than it may."""
+    began = time.perf_counter()
+    code, _ = _refusal(lambda: client.edit(picture(), [JOBS[0]], deadline_s=1.0, **LONG))
+    seconds = time.perf_counter() - began
+    _idle(client)
+    return {"code": code, "seconds": seconds, "deadline_s": 1.0}
+
+
+def _queue_full(service: Running, client: Client) -> dict[str, Any]:
+    """One edit more than there are places."""
+    edits = [client.submit(picture(), [JOBS[0]], **LONG) for _ in range(3)]
+    with service.client() as impatient:
+        began = time.perf_counter()
+        code, retry_s = _refusal(lambda: impatient.edit(picture(), [JOBS[0]], **EDIT))
+        seconds = time.perf_counter() - began
+    for edit in edits:
+        edit.cancel()
+    _idle(client)
+    return {"code": code, "seconds": seconds, "retry_after_s": retry_s}
+
+
+def _hostile(service: Running, client: Client) -> dict[str, Any]:
+    """Bodies that mean harm, on the wire: the status and code of each."""
+    good = '{"drags":[{"handle":[194,74],"target":[209,54]}]}'
+    many = '{"drags":[' + ",".join(['{"handle":[9,9],"target":[12,9]}'] * 10_000) + "]}"
+    png = _png(64, 64)
+    bodies = {
+        "truncated picture": (png[: len(png) // 2], good),
+        "a header of 50,000 x 50,000": (_png(50_000, 50_000, empty=True), good),
+        "another format": (b"GIF89a" + bytes(100), good),
+        "more bytes than allowed": (bytes(2 << 20), good),
+        "10,000 points": (png, many),
+        "NaN": (png, good.replace("194", "NaN")),
+        "a point outside": (png, good),
+        "no JSON": (png, "{"),
+    }
+    found = {}
+    for name, (data, edit) in bodies.items():
+        files: dict[str, Any] = {"picture": ("a.png", data, "image/png"), "edit": (None, edit, "application/json")}
+        answer = httpx.post(f"{service.url}/v1/edits", files=files, timeout=60)
+        found[name] = f"{answer.status_code} {answer.json()['error']['code']}"
+    return {"answers": found}
+
+
+def _worker_killed(service: Running, client: Client) -> dict[str, Any]:
+    """SIGKILL for the replica that runs an edit."""
+    edit = client.submit(picture(), [JOBS[0]], **LONG)
+    for at in edit.events():
+        if at.stage == "drag":
+            break
+    os.kill(service.workers()[0], signal.SIGKILL)
+    began = time.perf_counter()
+    code, retry_s = _refusal(edit.result)
+    told = time.perf_counter() - began
+    _until(lambda: _works(client))
+    return {"code": code, "seconds": told, "retry_after_s": retry_s, "next_s": time.perf_counter() - began}
+
+
+def _stopped(service: Running) -> dict[str, Any]:
+    """SIGTERM while an edit runs: the edit ends, a new one is refused, the process leaves."""
+    outcome: list[str] = []
+
+    def work() -> None:
+        with service.client() as client:
+            try:
+                client.edit(picture(), [JOBS[0]], **LONG)
+                outcome.append("ok")
+            except ServiceError as error:
+                outcome.append(error.code)
+
+    thread = threading.Thread(target=work)
+    with service.client() as client:
+        thread.start()
+        _until(lambda: _number(client, "running") == 1)
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        refused, _ = _refusal(lambda: client.edit(picture(), [JOBS[0]], **EDIT))
+    thread.join(PATIENCE_S)
+    began = time.perf_counter()
+    code = service.process.wait(PATIENCE_S)
+    return {"running_edit": outcome[0], "new_edit": refused, "exit_code": code, "exit_s": time.perf_counter() - began}
+
+
+def _refusal(call: Callable[[], object]) -> tuple[str, float | None]:
+    try:
+        call()
+    except ServiceError as error:
+        return error.code, error.retry_s
+    return "ok", None
+
+
+def _works(client: Client) -> bool:
+    return _refusal(lambda: _pixels(client))[0] == "ok"
+
+
+def _number(client: Client, name: str) -> float:
+    """A gauge of /metrics."""
+    for line in client.metrics().splitlines():
+        if line.startswith(f"ddengine_{name} "):
+            return float(line.split()[1])
+    raise RuntimeError(f"/metrics has no ddengine_{name}")
+
+
+def _idle(client: Client) -> None:
+    _until(lambda: _number(client, "running") == 0 and _number(client, "queued") == 0)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > ends:
+            raise TimeoutError(f"it did not happen within {PATIENCE_S:g} s")
+        time.sleep(0.005)
+
+
+def _posted(service: Running, asked: dict[str, Any]) -> socket.socket:
+    """A connection on which an edit has been sent."""
+    edit = json.dumps({**asked, "drags": [{"handle": JOBS[0][0], "target": JOBS[0][1]}]})
+    files: dict[str, Any] = {
+        "picture": ("a.png", _png(256, 256), "image/png"),
+        "edit": (None, edit, "application/json"),
+    }
+    request = httpx.Request("POST", f"{service.url}/v1/edits", files=files)
+    body, at = request.read(), urlsplit(service.url)
+    lines = [f"{name}: {value}" for name, value in request.headers.items()]
+    connection = socket.create_connection((str(at.hostname), at.port or 80), timeout=30)
+    connection.sendall("\r\n".join(["POST /v1/edits HTTP/1.1", *lines, "", ""]).encode() + body)
+    return connection
+
+
+def _png(width: int, height: int, empty: bool = False) -> bytes:
+    """A grey PNG; empty: whose pixels are not there."""
+    rows = b"" if empty else b"".join(b"\0" + bytes((x ^ y) & 255 for x in range(width)) for y in range(height))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def text(facts: dict[str, Any]) -> str:
+    """The faults as a Markdown table, a column a service."""
+    names = {"process": "`--no-ray`", "ray": "Ray"}
+    shown = [key for key in names if key in facts]
+    lines = ["| fault | " + " | ".join(names[key] for key in shown) + " |", "| --- " * (1 + len(shown)) + "|"]
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "cancelled at each of six stages": _said_cancelled,
+        "client hangs up mid-edit": lambda one: f"stopped within {one['client gone']['seconds'] * 1e3:.0f} ms",
+        "deadline of 1 s": lambda one: f"`{one['deadline']['code']}` after {one['deadline']['seconds']:.2f} s",
+        "queue full": _said_full,
+        "worker killed mid-edit (SIGKILL)": _said_killed,
+        "SIGTERM mid-edit": _said_stopped,
+        "the next edit, after each of these": _said_next,
+    }
+    lines += [f"| {name} | " + " | ".join(say(facts[key]) for key in shown) + " |" for name, say in rows.items()]
+    for name in facts[shown[0]]["hostile"]["answers"]:
+        lines.append(f"| {name} | " + " | ".join(f"`{facts[key]['hostile']['answers'][name]}`" for key in shown) + " |")
+    return "\n".join(lines)
+
+
+def _said_cancelled(one: dict[str, Any]) -> str:
+    found = one["cancelled"]
+    codes = sorted(set(found["codes"].values()))
+    worst = max(found["seconds"], key=found["seconds"].get)
+    return (
+        f"`{', '.join(codes)}`; stopped within {found['seconds'][worst] * 1e3:.0f} ms ({worst}), "
+        f"a step takes up to {found['longest_step_s'] * 1e3:.0f} ms"
+    )
+
+
+def _said_full(one: dict[str, Any]) -> str:
+    found = one["queue full"]
+    return f"`{found['code']}` within {found['seconds'] * 1e3:.0f} ms, Retry-After {found['retry_after_s']:.0f} s"
+
+
+def _said_killed(one: dict[str, Any]) -> str:
+    found = one.get("worker killed")
+    if found is None:
+        return "it is the service: whoever runs it starts it again"
+    told = f"`{found['code']}` within {found['seconds'] * 1e3:.0f} ms"
+    return f"{told}; an edit succeeds again after {found['next_s']:.0f} s"
+
+
+def _said_stopped(one: dict[str, Any]) -> str:
+    found = one["stopped"]
+    return (
+        f"the edit ends ({found['running_edit']}), a new one gets `{found['new_edit']}`, exit code {found['exit_code']}"
+    )
+
+
+def _said_next(one: dict[str, Any]) -> str:
+    equal = [found["next_equal"] for found in one.values() if "next_equal" in found]
+    return f"equal to the first, {sum(equal)} of {len(equal)}"

@@ -1,0 +1,1 @@
+"""The edit service: an HTTP application in front of workers, each of which holds one engine (`ddengine serve`)."""
