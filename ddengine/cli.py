@@ -6,6 +6,7 @@ import click
 
 import ddengine
 from ddengine.commands import (
+    bench,
     bench_latency,
     bench_load,
     bench_peers,
@@ -40,11 +41,11 @@ for command in (
     weights.convert_readout,
     weights.train_embedded,
     weights.train_readout,
-    bench_latency.bench,
-    bench_load.bench,
-    bench_peers.bench,  # the same group: each of these modules adds a command to it
+    bench.bench,
     serve.serve,
     ui.ui,
     evaluate.evaluate,
 ):
     main.add_command(command)
+for command in (bench_latency.bench_latency, bench_load.bench_load, bench_peers.bench_peers):
+    bench.bench.add_command(command)

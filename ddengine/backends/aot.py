@@ -98,10 +98,13 @@ def environment_facts(device: torch.device) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """SHA-256 over this package's Python files: an edited function is another function."""
+    """SHA-256 over the Python files that a drag step can reach: an edited function is another function."""
     digest = hashlib.sha256()
-    roots = (Path(__file__).parents[1], Path(str(import_module("ddengine.kernels").__file__)).parent)
-    for path in sorted({path.resolve() for root in roots for path in root.rglob("*.py")}):
+    package = Path(__file__).parents[1]
+    roots = [package / name for name in ("backends", "directdrag", "models")]
+    roots.append(Path(str(import_module("ddengine.kernels").__file__)).parent)
+    files = [*package.glob("*.py"), *(path for root in roots for path in root.rglob("*.py"))]
+    for path in sorted({path.resolve() for path in files}):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -7,20 +7,16 @@ from pathlib import Path
 
 import click
 
-from ddengine.commands.bench import bench
-from ddengine.commands.options import FILE
+from ddengine.commands.options import FILE, weights_options
 from ddengine.errors import InputError
 from ddengine.terminal import Answer, SettingType, answering, device_option
 
 POINTS = (1, 2, 4, 8, 16)
 
 
-@bench.command("latency")
-@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
+@click.command("latency")
+@weights_options
 @click.option("--shape", type=click.Choice(["sd15"]), help="In place of a model: this architecture, random weights.")
-@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
-@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
-@click.option("--vae", type=FILE, help="Folder of another VAE.")
 @click.option("--size", type=click.IntRange(64, 2048), help="Long side of the working picture. [default: the model's]")
 @click.option(
     "--points",

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 
-from ddengine.commands.bench import bench
 from ddengine.commands.options import FILE
 from ddengine.terminal import Answer, answering
 
 
-@bench.command("load")
+@click.command("load")
 @click.option("--edits", type=click.IntRange(10, 10_000), default=200, show_default=True, help="Edits of --no-ray.")
 @click.option("--ray/--no-ray", default=True, show_default=True, help="Ray, with one worker and with two, too.")
 @click.option("--faults/--no-faults", default=True, show_default=True, help="Make every fault, too.")

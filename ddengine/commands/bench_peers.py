@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ddengine.commands.bench import bench
 from ddengine.commands.options import FILE, POSITIVE
 from ddengine.drags import Drag
 from ddengine.errors import InputError
@@ -45,7 +44,7 @@ class ConfigType(click.ParamType):
         return preset, {field: text for field, _, text in pairs}
 
 
-@bench.command("peers")
+@click.command("peers")
 @click.argument("image", required=False, type=FILE)
 @click.option("--drag", "drags", type=DragType(), multiple=True, help="In pixels of IMAGE. Repeatable.")
 @click.option("--mask", type=FILE, help="White where IMAGE may change. [default: derived from the drags]")

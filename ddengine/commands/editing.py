@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ddengine.commands.options import FILE, build_option, model_options
+from ddengine.commands.options import FILE, build_option, prompt_option, size_option, weights_options
 from ddengine.drags import Drag
 from ddengine.errors import InputError
 from ddengine.terminal import (
@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 @click.option("--save-recipe", metavar="FILE.json", type=FILE, help="Write the edit to such a file, for --from.")
 @click.option("-o", "--output", type=FILE, required=True, help="Picture to write; its suffix is its format.")
 @click.option("--mask", type=FILE, help="Picture of the same size: white may change, black stays.")
-@model_options
+@prompt_option
+@weights_options
+@size_option
 @click.option("--identity", is_flag=True, help="First fit a LoRA to IMAGE, so that the model knows what it shows.")
 @click.option("--save-identity", type=FILE, help="Write that LoRA to this .safetensors file, for --lora.")
 @click.option("--method", type=click.Choice(["directdrag"]), default="directdrag", show_default=True)
@@ -221,7 +223,9 @@ def edit(
 @click.command()
 @click.argument("image", type=FILE)
 @click.option("-o", "--output", metavar="FILE.safetensors", type=FILE, required=True)
-@model_options
+@prompt_option
+@weights_options
+@size_option
 @engine_options
 @build_option
 @click.option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ddengine.commands.options import FILE, build_option
+from ddengine.commands.options import FILE, build_option, weights_options
 from ddengine.errors import InputError
 from ddengine.terminal import Answer, SettingType, answering, engine_options, seed_option
 
@@ -58,10 +58,7 @@ def _with_code(command: Callable[..., None]) -> Callable[..., int]:
 @click.option("--lpips", type=FILE, help="Folder with alexnet.safetensors and lpips_alex.safetensors, for IF.")
 @click.option("--clip", type=FILE, help="Folder of CLIP ViT-B/32 in transformers' layout.")
 @click.option("--dift", type=FILE, help="Folder of Stable Diffusion 2.1 in diffusers' layout, for MD.")
-@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
-@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
-@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
-@click.option("--vae", type=FILE, help="Folder of another VAE.")
+@weights_options
 @click.option("--size", type=int, help="Long side of the working picture. [default: the model's]")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes, each with its own engine. [default: 1]")
 @click.option(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ddengine.commands.options import FILE
+from ddengine.commands.options import FILE, size_option, weights_options
 from ddengine.errors import BackendUnavailable
 from ddengine.serve.limits import Limits
 from ddengine.terminal import Answer, answering, engine_options
@@ -32,11 +32,8 @@ def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option("--key-file", type=FILE, help="API keys, one a line. [default: DDENGINE_API_KEY, if set]")
 @click.option("--name", "names", multiple=True, help="Further name that Host headers may have. Repeatable.")
-@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
-@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
-@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
-@click.option("--vae", type=FILE, help="Folder of another VAE.")
-@click.option("--size", "working_size", type=int, help="Long side of the working picture. [default: the model's]")
+@weights_options
+@size_option
 @engine_options
 @click.option("--ray/--no-ray", default=True, show_default=True, help="Workers as Ray Serve replicas, or one in here.")
 @limit_options

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ddengine.commands.options import FILE, build_option
+from ddengine.commands.options import build_option, size_option, weights_options
 from ddengine.terminal import Answer, answering, engine_options
 
 
@@ -18,11 +18,8 @@ from ddengine.terminal import Answer, answering, engine_options
     "--port", type=click.IntRange(0, 65535), help="Port on this machine; 0: any. [default: the first free from 7860]"
 )
 @click.option("--open/--no-open", "opening", default=True, show_default=True, help="Open the page in a browser.")
-@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
-@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
-@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
-@click.option("--vae", type=FILE, help="Folder of another VAE.")
-@click.option("--size", "working_size", type=int, help="Long side of the working picture. [default: the model's]")
+@weights_options
+@size_option
 @engine_options
 @build_option
 @answering

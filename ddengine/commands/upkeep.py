@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddengine.commands.options import FILE
+from ddengine.commands.options import FILE, weights_options
 from ddengine.terminal import (
     Answer,
     SettingType,
@@ -17,10 +17,7 @@ from ddengine.terminal import (
 
 
 @click.command()
-@click.option("--model", default="embedded", show_default=True, help="embedded, a diffusers folder, or a hub id.")
-@click.option("--readout", type=FILE, help="Readout head (.safetensors) for the model.")
-@click.option("--lora", type=FILE, help="LoRA file or folder, fused into the weights.")
-@click.option("--vae", type=FILE, help="Folder of another VAE.")
+@weights_options
 @click.option(
     "--size",
     "sizes",

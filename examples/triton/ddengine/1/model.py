@@ -64,6 +64,7 @@ class TritonPythonModel:
 
     def _edit(self, request: Any) -> list[Any]:
         drags, seed = _input(request, "drags"), _input(request, "seed")
+        assert drags is not None  # the server lets no request through that lacks a required input
         config = json.loads(request.parameters() or "{}").get("config")  # a preset's name, a parameter of the request
 
         def stop_if_cancelled(_: Progress) -> None:
