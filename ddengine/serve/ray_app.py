@@ -49,14 +49,15 @@ def run(options: ServeOptions, listening: Callable[[str], object] | None = None)
     with _ray(options) as (serve, app), _stopped_by_signals() as stopped:
         from ray.serve.config import HTTPOptions
 
-        from ddengine.serve.ray_deploy import NAME, NOT_READY
+        from ddengine.serve.ray_deploy import ENGINES, NAME, NOT_READY
 
         serve.start(http_options=HTTPOptions(host=options.host, port=port), proxy_location="HeadOnly")
         try:
             front = serve.run(app, name=NAME, route_prefix="/")
         except RuntimeError as error:  # after several tries of Serve's
-            reason = re.search(rf"{NOT_READY}(.*)", str(error))
-            raise ModelError(f"no worker gets ready: {reason[1] if reason else error}") from error
+            said = serve.status().applications[NAME].deployments[ENGINES].message
+            reason = re.search(rf"{NOT_READY}(.*)", said)
+            raise ModelError(f"no worker gets ready: {reason[1] if reason else said or error}") from error
         if listening is not None:
             listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         stopped.wait()

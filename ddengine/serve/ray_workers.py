@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
@@ -76,8 +77,7 @@ class RayWorkers:
             yield Failed("gone", "the source is not kept any more; send the picture again")
             return
         ends = None if job.deadline_s is None else time.monotonic() + job.deadline_s + LATE_S
-        calls = self._handle.options(stream=True)
-        call = getattr(calls, method).remote(job, home=home)
+        call = _apart(getattr(self._handle.options(stream=True), method), job, home=home)
         self._running[job.id] = call
         ended = False
         try:
@@ -131,7 +131,7 @@ class RayWorkers:
         if home not in present(self._name):
             return False
         with suppress(RayError, RayServeException, asyncio.TimeoutError):
-            return bool(await asyncio.wait_for(self._handle.forget.remote(source, home=home), ASK_S))
+            return bool(await asyncio.wait_for(_response(_apart(self._handle.forget, source, home=home)), ASK_S))
         return False
 
     async def ready(self) -> Readiness:
@@ -163,7 +163,8 @@ class RayWorkers:
         if time.monotonic() - asked < KNOWN_S:
             return answers
         # Before its first call a handle knows of no replica: then any one is asked.
-        calls = [getattr(self._handle, method).remote(home=home) for home in present(self._name) or (None,)]
+        homes = present(self._name) or (None,)
+        calls = [_apart(getattr(self._handle, method), home=home) for home in homes]
         found = await asyncio.gather(*(self._answer(call) for call in calls))
         answers = [one for one in found if one is not None]
         self._known[method] = (time.monotonic(), answers)
@@ -172,9 +173,19 @@ class RayWorkers:
     async def _answer(self, call: Any) -> Any:
         try:
             return await asyncio.wait_for(_response(call), ASK_S)
-        except (RayError, RayServeException, asyncio.TimeoutError):
+        except (RayError, RayServeException, asyncio.TimeoutError) as error:
+            log.warning("a worker does not say how it is: %s", type(error).__name__)
             call.cancel()
             return None
+
+
+def _apart(method: Any, *args: Any, home: str | None) -> Any:
+    """A call that Serve does not take for a part of the HTTP request that is being answered.
+
+    Calls of one request share an id, by which the router tells calls apart: the second one that waits for a replica
+    would wait for ever. And they are cancelled with their request, though another one may wait for the same edit.
+    """
+    return Context().run(method.remote, *args, home=home)
 
 
 async def _response(call: Any) -> Any:

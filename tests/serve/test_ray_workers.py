@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,9 @@ from ddengine.serve.ray_router import HomeRouter  # noqa: E402
 from ddengine.serve.ray_workers import RayWorkers  # noqa: E402
 
 EDITED = Edited(Picture(1, 1, b"abc"), (), {}, {}, {})
+
+
+REQUEST = ContextVar("request", default=None)  # what Serve knows a call's request by
 
 
 class Call:
@@ -73,6 +77,7 @@ class Handle:
 
     def __getattr__(self, method):
         def remote(*args, home=None):
+            assert REQUEST.get() is None, "the call is made as a part of the request"
             self.asked.append((method, home))
             return self.calls.pop(0)
 
@@ -95,6 +100,7 @@ def replicas(monkeypatch):
 
 
 async def test_events_come_through_and_a_source_has_a_home(replicas):
+    REQUEST.set("1")
     made = Prepared("src_1", 1, 1, 10, 900, {}, {})
     handle = Handle(Call(Queued(0), made), Call(Queued(0), EDITED), Call(True))
     workers = RayWorkers(handle)
@@ -164,6 +170,7 @@ async def test_a_deadline_holds_even_where_the_replica_says_nothing(monkeypatch)
 async def test_readiness_and_stats_are_those_of_all_replicas(replicas, monkeypatch):
     monkeypatch.setattr(ray_workers, "KNOWN_S", -1.0)
     monkeypatch.setattr(ray_workers, "ASK_S", 0.05)
+    REQUEST.set("1")
     bad, good = Readiness(False, "poisoned", "CUDA error"), Readiness(True, "ready")
     handle = Handle(Call(bad), Call(good))
     assert (await RayWorkers(handle).ready()).ready
