@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -185,5 +184,9 @@ def test_the_shipped_configuration_file_serves(tmp_path, expected):
                     time.sleep(0.5)
                 np.testing.assert_array_equal(pixels(client, picture()), expected)
         finally:
-            it.send_signal(signal.SIGINT)
-            it.wait(120)
+            it.terminate()  # not SIGINT, which a background job of a shell ignores, and all that it starts
+            try:
+                it.wait(120)
+            except subprocess.TimeoutExpired:
+                it.kill()
+                raise
