@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import suppress
 from contextvars import Context
 from typing import Any
@@ -95,7 +95,7 @@ class RayWorkers:
         """The next event of a call; what goes wrong between here and the replica is one too."""
         try:
             left = None if ends is None else max(0.0, ends - time.monotonic())
-            home, event = await asyncio.wait_for(call.__anext__(), left)
+            home, event = await within(call.__anext__(), left)
         except StopAsyncIteration:
             return Failed("unavailable", "the worker ended without an answer; send the edit again", 1)
         except asyncio.TimeoutError:
@@ -186,6 +186,18 @@ def _apart(method: Any, *args: Any, home: str | None) -> Any:
     would wait for ever. And they are cancelled with their request, though another one may wait for the same edit.
     """
     return Context().run(method.remote, *args, home=home)
+
+
+async def within(wanted: Awaitable[Any], seconds: float | None) -> Any:
+    """asyncio.wait_for, which before Python 3.12 drops a cancellation that comes together with the result."""
+    task = asyncio.ensure_future(wanted)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _response(call: Any) -> Any:

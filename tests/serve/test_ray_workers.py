@@ -29,7 +29,7 @@ from ddengine.serve.contract import (  # noqa: E402
 from ddengine.serve.ray_app import share  # noqa: E402
 from ddengine.serve.ray_deploy import EngineReplica, LoopbackOnly, build  # noqa: E402
 from ddengine.serve.ray_router import HomeRouter  # noqa: E402
-from ddengine.serve.ray_workers import RayWorkers  # noqa: E402
+from ddengine.serve.ray_workers import RayWorkers, within  # noqa: E402
 
 EDITED = Edited(Picture(1, 1, b"abc"), (), {}, {}, {})
 
@@ -250,3 +250,28 @@ def test_a_configuration_file_s_arguments_are_checked():
     for args in ({"host2": "x"}, {"engine": {"modle": "x"}}, {"limits": {"queue": -1}}, {"limits": {"drain": 1}}):
         with pytest.raises(InputError):
             build(args)
+
+
+def test_a_cancellation_that_comes_with_an_event_is_not_lost():
+    """Else an edit whose client hangs up at that moment runs on to its end."""
+
+    async def both_at_once() -> asyncio.Task:
+        event = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(within(event, 5.0))
+        await asyncio.sleep(0)
+        event.set_result("an event")
+        task.cancel()
+        await asyncio.wait({task})
+        return task
+
+    assert asyncio.run(both_at_once()).cancelled()
+
+
+def test_what_takes_too_long_is_a_time_out_and_is_cancelled():
+    async def late() -> asyncio.Future:
+        event = asyncio.get_running_loop().create_future()
+        with pytest.raises(asyncio.TimeoutError):
+            await within(event, 0.01)
+        return event
+
+    assert asyncio.run(late()).cancelled()
