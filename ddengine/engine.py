@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ from ddengine.request import (
 )
 from ddengine.result import EditResult
 from ddengine.source import Source
+from ddengine.torch_state import drawing_weights, working
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,7 +99,8 @@ class Engine:
         Raises ModelError, BackendUnavailable, or InputError for an unknown device, dtype or backend.
         """
         select_backend(backend)  # refuse before the weights are read
-        with torch.inference_mode(False):  # what is made in that mode can never take part in a gradient
+        # What is made in inference mode can never take part in a gradient.
+        with torch.inference_mode(False), drawing_weights():
             loaded = load_model(model, device=device, dtype=dtype, readout=readout, lora=lora, vae=vae, size=size)
         parts = {"readout": readout, "lora": lora, "vae": vae, "device": device, "precision": dtype}
         words = ["--model", str(model)]
@@ -130,7 +132,7 @@ class Engine:
         self._check_identity(identity)
         picture = read_image(image)
         plan = plan_of(settings, only_prepare=True)
-        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model):
+        with self._lock, reporter(progress, plan) as report, _working(self.model):
             return self._prepare(picture, prompt, self._model_with(identity), settings, report, budget)
 
     def fit_identity(
@@ -158,7 +160,7 @@ class Engine:
         if compile is None:
             compile = self.backend.name == "compile" and self.model.device.type == "cuda"
         plan = {"identity": steps}
-        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
+        with self._lock, reporter(progress, plan) as report, _working(self.model):
             return fit(
                 self.model, picture, prompt=prompt, steps=steps, rank=rank, seed=seed, compile=compile,
                 report=lambda step, total: report(Progress("identity", step, total)),
@@ -183,12 +185,13 @@ class Engine:
         picture. mask: picture-sized, white where the picture may change; with `preserve`, black pixels stay (default:
         found from the drags). prompt: optional text. config: a preset's name or a DirectDragConfig (default: the
         `Source`'s own). identity: a LoRA from `fit_identity`; a `Source` prepared with one is edited with it. seed: 0
-        to 2**63 - 1, seeds torch for the edit, which itself draws no random numbers. progress: None, True (a bar) or a
+        to 2**63 - 1, for methods that draw random numbers: directdrag draws none. progress: None, True (a bar) or a
         callable. The caller's random state and gradient mode are left alone. Raises InputError, ModelError, Cancelled.
         """
         check_method(method)
         started = time.perf_counter()
-        settings, seed = _settings_for(image, config), checked_seed(seed)
+        settings = _settings_for(image, config)
+        checked_seed(seed)
         source = image if isinstance(image, Source) else None
         picture = source.image if source is not None else read_image(image)
         arrows = parse_drags(drags, *picture.size)
@@ -197,7 +200,7 @@ class Engine:
         if source is not None:
             identity = self._check(source, prompt, identity)
         plan = plan_of(settings, prepared=source is not None)
-        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
+        with self._lock, reporter(progress, plan) as report, _working(self.model):
             model = self._model_with(identity)
             ready = source or self._prepare(picture, prompt, model, settings, report, editing=True)
             before = dict.fromkeys(STAGES[1:4], "prepared before")
@@ -244,7 +247,8 @@ class Engine:
         """
         started = time.perf_counter()
         wanted = _checked_batch(edits)
-        settings, seed = _settings_for(wanted[0][0], config), checked_seed(seed)
+        settings = _settings_for(wanted[0][0], config)
+        checked_seed(seed)
         self._check_identity(identity)
         given: dict[int, Any] = {id(image): image for image, _, _ in wanted}
         pictures = {
@@ -257,7 +261,7 @@ class Engine:
             raise InputError("the sources of a batch were prepared with different identities; edit them one by one")
         identity = found[0] if found else identity
         plan = plan_of(settings, prepared=True)
-        with self._lock, reporter(progress, plan) as report, _own_torch_state(self.model, seed):
+        with self._lock, reporter(progress, plan) as report, _working(self.model):
             model = self._model_with(identity)
             sources = {
                 key: image
@@ -437,7 +441,8 @@ def edit(
     """
     check_method(method)
     # Everything that can be wrong with the input is found before the seconds that loading takes.
-    settings, seed = _settings_for(image, config), checked_seed(seed)
+    settings = _settings_for(image, config)
+    checked_seed(seed)
     if not isinstance(image, Source):
         image = read_image(image)
         spaces_for(image, ANY_SIZE, settings)  # for its refusals
@@ -478,36 +483,13 @@ def _engine(model: str, backend: str, device: str, dtype: str) -> Engine:
     return Engine.load(model, backend=backend, device=device, dtype=dtype)
 
 
-@contextmanager
-def _own_torch_state(model: Model, seed: int = 0) -> Iterator[None]:
-    """Gradients possible, random numbers seeded, cuDNN repeatable, whatever the caller has set and will find again.
+def _working(model: Model) -> AbstractContextManager[None]:
+    """torch as an engine needs it, the caller's settings kept.
 
     A small model on the CPU runs on one thread: a second one gains a fifth on idle cores, and on busy ones threads that
     wait for each other cost ten times as much.
     """
-    device = model.device
-    cuda, cudnn = device.type == "cuda", torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    threads = torch.get_num_threads()
-    alone = device.type == "cpu" and model.size <= SMALL_MODEL
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.random.fork_rng(devices=[device] if cuda else []),
-    ):
-        torch.default_generator.manual_seed(seed)
-        if alone:
-            torch.set_num_threads(1)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-            cudnn.deterministic, cudnn.benchmark = True, False
-        try:
-            yield
-        finally:
-            cudnn.deterministic, cudnn.benchmark = before
-            if alone:
-                torch.set_num_threads(threads)
+    return working(model.device, one_thread=model.size <= SMALL_MODEL)
 
 
 def _teller(report: Reporter, passes: Passes, config: DirectDragConfig, spaces: Spaces) -> Callable[[Step], None]:

@@ -25,6 +25,7 @@ LAYERS = [
         "ddengine.progress",
         "ddengine.schedule",
         "ddengine.examples",
+        "ddengine.torch_state",
     ],
     [
         "ddengine.client",

@@ -19,6 +19,7 @@ from ddengine.backends.eager import prompt_context
 from ddengine.errors import BackendUnavailable, InputError
 from ddengine.models.identity import LAYERS, LoRA, copy_sharing
 from ddengine.models.load import Model
+from ddengine.torch_state import drawing_weights
 from ddengine.training.augment import augmented
 from ddengine.training.diffusion import noised
 
@@ -52,14 +53,15 @@ def fit(
     """The LoRA of a picture after `steps` of AdamW, the same for the same seed; the model is left as it is.
 
     compile: run the UNet, forward and backward, through torch.compile. report(step, steps) after each step may raise to
-    stop. PEFT's initial weights come from torch's global generator: seed it, and gradients must be possible
-    (`Engine.fit_identity` does both). Raises as `check_fit` does; ModelError for a prompt without a text encoder.
+    stop. Gradients must be possible (`Engine.fit_identity` sees to it). Raises as `check_fit` does; ModelError for a
+    prompt without a text encoder.
     """
     check_fit(steps, rank)
     device, dtype, schedule = model.device, model.dtype, model.schedule
     context = prompt_context(model, prompt).to(device, dtype).expand(BATCH, -1, -1)
     mean, deviation = _posteriors(model, picture, np.random.default_rng(seed))
-    unet, trained = _with_adapter(model, rank)
+    with drawing_weights(seed):
+        unet, trained = _with_adapter(model, rank)
     network = torch.compile(unet, dynamic=False) if compile else unet
     optimiser = torch.optim.AdamW(trained, LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     # A mean over thousands of latent numbers leaves gradients that float16 rounds to zero.
