@@ -24,12 +24,12 @@ from ddengine.bench.latency_rows import KINDS, Lane, kept, missing, place_of, pr
 from ddengine.bench.latency_work import Candidate, candidates, drags, picture
 from ddengine.bench.limits import Limits, limits_of
 from ddengine.bench.timer import machine
-from ddengine.bench.waterfall import repeatable
 from ddengine.config import DirectDragConfig
 from ddengine.engine import SMALL_MODEL, Engine
 from ddengine.errors import Cancelled, DDEngineError, InputError
 from ddengine.models.load import Model
 from ddengine.request import spaces_for
+from ddengine.torch_state import working
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def run(
     check_writable(output)
     work = {count: drags(count) for count in dict.fromkeys(plan.points)}
     engines = candidates(plan.model, backends, build=build, described=described)
-    with repeatable(alone=device.type == "cpu" and plan.model.size <= SMALL_MODEL):
+    with working(device, one_thread=plan.model.size <= SMALL_MODEL):
         facts: dict[str, Any] = {
             "plan": plan.facts(image),
             "clock": Clock(device).name,

@@ -59,7 +59,7 @@ class Equality:
         facts: dict[str, Any] = {"picture": picture, "drag": None}
         if self._gate is not None and self._short is not None:
             seen: list[Update] = []
-            code = EngineCode(engine._passes_for("", self._model), kept=False, edits=batch)
+            code = EngineCode(engine.passes(), kept=False, edits=batch)
             self._short.first(code, seen.append)
             loss, gradient, handles = gate.LIMITS[self._model.dtype]
             limits = {"loss": loss, "gradient": gradient if math.isfinite(gradient) else None, "handles": handles}

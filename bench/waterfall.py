@@ -13,7 +13,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -45,6 +44,7 @@ from ddengine.models.cache import cache_dir
 from ddengine.models.load import Model, load_model
 from ddengine.request import spaces_for
 from ddengine.store import ArtefactStore
+from ddengine.torch_state import working
 
 SHAPES = ("embedded", "sd15")
 # No edit ends early, so that every bar makes as many updates.
@@ -240,7 +240,7 @@ def run(
     if output.parent != Path():
         make_folder(output.parent)
     check_writable(output)
-    with repeatable(alone=shape == "embedded" and device.type == "cpu"):
+    with working(device, one_thread=shape == "embedded"):
         whole, engine = make_models(shape, device, half)
         work = make_work(engine, settings(config, updates))
         bars = make_bars(whole, engine, work, compile=compile, batch=batch)
@@ -264,21 +264,6 @@ def run(
     if unequal := [row["name"] for row in facts["bars"] if row.get("gate") and not row["gate"]["equal"]]:
         raise DDEngineError(f"not equal to the eager engine: {', '.join(unequal)}; {output} has the differences")
     return facts
-
-
-@contextmanager
-def repeatable(*, alone: bool) -> Iterator[None]:
-    """cuDNN and threads as edits run them: no search for algorithms, one thread for a small model on a CPU."""
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    if alone:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
-        torch.set_num_threads(threads)
 
 
 def measure(

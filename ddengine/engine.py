@@ -277,6 +277,14 @@ class Engine:
             result.timings["total"] = time.perf_counter() - started
         return results
 
+    def passes(self, prompt: str = "") -> Passes:
+        """The network passes that edits with this prompt run through; they take one edit at a time.
+
+        Raises ModelError for a prompt without a text encoder.
+        """
+        with self._lock:
+            return self._passes_for(prompt, self.model)
+
     def _prepare(
         self,
         picture: Image.Image,

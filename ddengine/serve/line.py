@@ -106,7 +106,7 @@ def takes_several(engine: Engine, prompt: str) -> bool:
     if engine.backend.name not in ("auto", "eager"):
         return False
     try:
-        return engine._passes_for(prompt, engine.model).any_batch
+        return engine.passes(prompt).any_batch
     except DDEngineError:  # a prompt, where there is no text encoder: its edit will say so
         return False
 

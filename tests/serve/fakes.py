@@ -57,7 +57,7 @@ class FakeEngine:
     def load(self) -> FakeEngine:
         return self
 
-    def _passes_for(self, prompt, model):
+    def passes(self, prompt):
         return SimpleNamespace(any_batch=self.any_batch)
 
     def _walk(self, stages, progress, pictures=True) -> None:

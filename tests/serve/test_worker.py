@@ -151,7 +151,7 @@ def test_a_batch_only_where_the_passes_take_several(line, backend, any_batch, to
 
 def test_a_prompt_that_cannot_be_used_fails_its_own_edit_alone(line):
     engine = FakeEngine()
-    engine._passes_for = lambda prompt, model: (_ for _ in ()).throw(ModelError("no text encoder"))
+    engine.passes = lambda prompt: (_ for _ in ()).throw(ModelError("no text encoder"))
     it = line(engine, batch=2)
     it.submit(job("a", prompt="a cat"))
     assert isinstance(it.final("a"), Edited)  # the fake one can
