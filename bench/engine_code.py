@@ -133,13 +133,14 @@ class Watched:
     def step(self, state: State, goal: Goal, k: int, skip: int, run: Run) -> State:
         if goal is not self._goal:
             self._goal, self._step = goal, self._step + 1
-        latent, first = state.latent[:1].clone(), state.first[:1].clone()
+        latent, first = state.latent.clone(), state.first.clone()
         after = self._unit.step(state, goal, k, skip, run)
-        row = after.history[k, 0].tolist()
-        if row[RAN]:
-            handles = torch.tensor(row[HANDLES : HANDLES + 2 * self._pairs]).view(-1, 2)
-            gradient = (after.first[:1].clone() - BETA1 * first) / (1 - BETA1)
-            self._watch(Update(self._step, k, latent, handles, (row[0], row[1], row[2], row[3]), gradient))
+        gradient = (after.first.clone() - BETA1 * first) / (1 - BETA1)
+        for edit, row in enumerate(after.history[k].tolist()):
+            if row[RAN]:
+                handles = torch.tensor(row[HANDLES : HANDLES + 2 * self._pairs]).view(-1, 2)
+                terms, of = (row[0], row[1], row[2], row[3]), slice(edit, edit + 1)
+                self._watch(Update(self._step, k, latent[of], handles, terms, gradient[of], edit))
         return after
 
     def look(self, state: State, goal: Goal, run: Run) -> State:

@@ -68,8 +68,17 @@ class Gate:
         self._rules = Rules(config, prepared.feature_hw, grid)
         self._first, self._targets = (points.to(passes.device)[None].float() for points in (handles_yx, targets_yx))
 
-    def compare(self, updates: Sequence[Update]) -> Compared:
-        """Differences over the updates of a first drag step; none at all are not equal to anything."""
+    def compare(self, updates: Sequence[Update], edits: int = 1) -> Compared:
+        """Largest differences of so many edits of a batch, over the updates of a first drag step.
+
+        An edit that made no update is not equal to anything.
+        """
+        each = [self._compare([update for update in updates if update.edit == edit]) for edit in range(edits)]
+        worst = (max(getattr(one, name) for one in each) for name in ("loss", "gradient", "handles"))
+        return Compared(min(one.updates for one in each), *worst, all(one.equal for one in each))
+
+    def _compare(self, updates: Sequence[Update]) -> Compared:
+        """Of one edit."""
         found = [update for update in updates if update.step == 0]
         limits, gaps = LIMITS[self._passes.dtype], [self._gaps(update, found[0]) for update in found]
         loss = max((gap[0] for gap in gaps), default=math.inf)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from ddengine.artifacts import atomic_write, check_writable, make_folder
 from ddengine.bench.clock import Clock
-from ddengine.bench.latency_gate import Equality, says
-from ddengine.bench.latency_meter import Call, Meter
+from ddengine.bench.latency_gate import Equality, calls, says
+from ddengine.bench.latency_meter import Meter
 from ddengine.bench.latency_rows import KINDS, Lane, kept, missing, place_of, provenance, summed
 from ddengine.bench.latency_work import Candidate, candidates, drags, picture
 from ddengine.bench.limits import Limits, limits_of
@@ -70,8 +70,9 @@ def run(
     """Measure and write the rows to `output` as JSON; returns what was written.
 
     backends: by name, all that run here if none is named. build: what a named one lacks is built, which takes minutes.
-    resume: rows that `output` already has, of the same plan, are kept. described: the command line's words for the
-    model. A backend that is not equal to eager has no times, see `refuse`. Raises InputError.
+    resume: rows that `output` already has, of the same plan, machine, versions and commit, are kept. described: the
+    command line's words for the model. A backend that is not equal to eager has no times, see `refuse`. Raises
+    InputError.
     """
     image, device = picture(), plan.model.device
     if device.type not in ("cpu", "cuda"):
@@ -90,7 +91,7 @@ def run(
             "machine": machine(device),
             "rows": [],
         }
-        before = kept(output, facts["plan"], plan.edits) if resume else []
+        before = kept(output, facts, plan.edits) if resume else []
         width, height = facts["plan"]["size"]
         meter, limits = Meter(device), limits_of(plan.model, (height, width), plan.config)
         facts["model_load_seconds"], facts["built"] = plan.load_seconds, build
@@ -175,18 +176,13 @@ def opened(
 ) -> list[Lane] | dict[str, Any]:
     """The lanes of a backend, warm and found equal to eager; otherwise its one row, which says why it has no times."""
     config, batch, clock = plan.config, plan.batch, Clock(plan.model.device)
-
-    def calls(on: Any) -> Call:
-        if batch == 1:
-            return lambda: [engine.edit(on, arrows, config=config)]
-        return lambda: engine.edit_batch([(on, arrows)] * batch, config=config)
-
     try:
+        anew = calls(engine, image, arrows, config, batch)
         began = clock.now()
-        (first, *_) = calls(image)()
+        (first, *_) = anew()
         warm_up = clock.now() - began
-        source = engine.prepare(image, config=config)
-        (later, *_) = calls(source)()
+        again = calls(engine, engine.prepare(image, config=config), arrows, config, batch)
+        (later, *_) = again()
         verdict = equality.judge(engine, batch)
     except Cancelled:
         raise
@@ -195,7 +191,7 @@ def opened(
     if not verdict["equal"]:
         return {**common, "gate": verdict, "failed": says(verdict)}
     lanes = []
-    for kind, on, result in zip(KINDS, (image, source), (first, later), strict=True):
+    for kind, call, result in zip(KINDS, (anew, again), (first, later), strict=True):
         floors: dict[str, float] = {}
         if isinstance(limits, Limits):
             floors = {"step": limits.step_ms(batch)} if result.history else {}
@@ -204,5 +200,5 @@ def opened(
         row = {**common, "edit": kind, "gate": verdict, "ran": result.backend, "passes": result.passes}
         if kind == "first":
             row["warm_up_seconds"] = warm_up  # what no later edit pays: programs opened, packages loaded
-        lanes.append(Lane(row, calls(on), floors))
+        lanes.append(Lane(row, call, floors))
     return lanes

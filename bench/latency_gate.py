@@ -16,6 +16,7 @@ from PIL import Image
 
 from ddengine.bench import gate
 from ddengine.bench.engine_code import EngineCode
+from ddengine.bench.latency_meter import Call
 from ddengine.bench.published import Update
 from ddengine.bench.waterfall import Work, make_gate
 from ddengine.config import DirectDragConfig
@@ -26,6 +27,7 @@ from ddengine.export.quality_gate import LIMIT_DB
 from ddengine.image import resize, to_tensor
 from ddengine.models.load import Model
 from ddengine.request import spaces_for
+from ddengine.source import Source
 
 LEVELS = 1  # of 255, the largest difference of pictures that nothing moved in float32 and float64 (docs/backends.md)
 # In half precision two right networks differ by more: there the picture needs `LIMIT_DB`, as an fp8 network's does.
@@ -50,9 +52,8 @@ class Equality:
 
     def judge(self, engine: Engine, batch: int = 1) -> dict[str, Any]:
         """How far a backend is from eager and whether that is within the limits, which are told too."""
-        found = self._unmoved(engine)
-        apart = np.abs(found - self._still)
-        picture: dict[str, Any] = {"levels": float(apart.max()), "psnr": _decibels(apart)}
+        found = np.abs(self._unmoved(engine, batch) - self._still)
+        picture: dict[str, Any] = {"levels": float(found.max()), "psnr": min(map(_decibels, found))}
         half = self._model.dtype in HALVES
         picture |= {"at_least_db": LIMIT_DB} if half else {"at_most_levels": LEVELS}
         picture["equal"] = picture["psnr"] >= LIMIT_DB if half else picture["levels"] <= LEVELS
@@ -63,14 +64,24 @@ class Equality:
             self._short.first(code, seen.append)
             loss, gradient, handles = gate.LIMITS[self._model.dtype]
             limits = {"loss": loss, "gradient": gradient if math.isfinite(gradient) else None, "handles": handles}
-            facts["drag"] = {**_finite(self._gate.compare(seen).facts()), "at_most": limits}
+            facts["drag"] = {**_finite(self._gate.compare(seen, batch).facts()), "at_most": limits}
         facts["equal"] = all(part["equal"] for part in (facts["picture"], facts["drag"]) if part is not None)
         return facts
 
-    def _unmoved(self, engine: Engine) -> np.ndarray:
-        """The picture through every pass, not dragged, float64 [H,W,3] in levels."""
-        result = engine.edit(self._image, self._drags, config=self._unmoving)
-        return np.asarray(result.image, np.float64)
+    def _unmoved(self, engine: Engine, batch: int = 1) -> np.ndarray:
+        """The picture through every pass, not dragged, once for each edit of a batch: float64 [N,H,W,3] in levels."""
+        call = calls(engine, self._image, self._drags, self._unmoving, batch)
+        return np.stack([np.asarray(result.image, np.float64) for result in call()])
+
+
+def calls(
+    engine: Engine, image: Image.Image | Source, drags: Sequence[Drag], config: DirectDragConfig, batch: int
+) -> Call:
+    """What is timed: an edit, or so many in one call, each of a picture of its own where it is not prepared."""
+    if batch == 1:
+        return lambda: [engine.edit(image, drags, config=config)]
+    pictures = [image if isinstance(image, Source) else image.copy() for _ in range(batch)]
+    return lambda: engine.edit_batch([(picture, drags) for picture in pictures], config=config)
 
 
 def says(facts: dict[str, Any]) -> str:

@@ -64,8 +64,6 @@ def summed(lane: Lane, meter: Meter, limits: Limits | str, about: Mapping[str, A
     }
     if lane.busy is not None:
         facts["gap"] = ms([max(0.0, s.wall - lane.busy) / edits for s in taken])
-    elif meter.clock.own:  # here the device is the process itself
-        facts["gap"] = ms([max(0.0, s.wall - s.seconds) / edits for s in taken])
     if all(s.joules is not None for s in taken):
         found = summary([(s.joules or 0.0) / edits for s in taken], "")
         facts["joules"] = {"p20": found.p20, "p50": found.median, "p80": found.p80}
@@ -92,16 +90,29 @@ def missing(rows: Sequence[Mapping[str, Any]], backend: str, points: int) -> boo
     return not any((row["backend"], row["points"]) == (backend, points) for row in rows)
 
 
-def kept(output: Path, plan: Mapping[str, Any], edits: int) -> list[dict[str, Any]]:
-    """Finished rows of an earlier run of the same plan; InputError if the file is of another one."""
+def kept(output: Path, facts: Mapping[str, Any], edits: int) -> list[dict[str, Any]]:
+    """Finished rows of an earlier run; InputError if its plan, clock, machine, versions or commit were others.
+
+    facts: of the run that goes on. Times of two machines, or of two codes, are no rows of one table.
+    """
     if not output.exists():
         return []
+    now = {"clock": facts["clock"], **facts["plan"], **_lasting(provenance(facts["machine"]))}
     try:
         before = json.loads(output.read_text(encoding="utf-8"))
-        rows, had = before["rows"], before["plan"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = before["rows"]
+        places = [provenance(before["machine"]), *(row["on"] for row in rows)]
+        had = [{"clock": before["clock"], **before["plan"], **_lasting(place)} for place in places]
+        short = {(row["backend"], row["points"]) for row in rows if "ms" not in row or row["edits"] < edits}
+        for row in rows:
+            place_of(row)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot resume from {output}: it is no latency run; name another file with -o") from error
-    if other := [name for name in plan if had.get(name) != plan[name]]:
+    if other := [name for name in now if any(row.get(name) != now[name] for row in had)]:
         raise InputError(f"cannot resume from {output}: its {', '.join(other)} differ; name another file with -o")
-    short = {(row["backend"], row["points"]) for row in rows if "ms" not in row or row["edits"] < edits}
     return [row for row in rows if (row["backend"], row["points"]) not in short]
+
+
+def _lasting(on: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a row comes from, without what changes from minute to minute; its device is the machine's."""
+    return {"machine" if name == "device" else name: value for name, value in on.items() if name != "clocks_mhz"}

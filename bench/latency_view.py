@@ -72,7 +72,8 @@ def times(facts: Mapping[str, Any]) -> Table:
         "ms a point",
         "ms a drag step",
     ]
-    head += ["updates", "host gap, ms", "peak, GB", *(name for name, there in more.items() if there)]
+    gaps = any(row["gap"] for row in rows) and facts["plan"]["device"] != "cpu"  # where the device is not the host
+    head += ["updates", *["host gap, ms"] * gaps, "peak, GB", *(name for name, there in more.items() if there)]
     lines = []
     for row in facts["rows"]:
         if "ms" not in row:
@@ -87,7 +88,7 @@ def times(facts: Mapping[str, Any]) -> Table:
             _ms(ms["point"]["p50"]),
         ]
         cells += ["-" if ms["step"] is None else _ms(ms["step"]["p50"]), _range(updates["least"], updates["most"])]
-        cells += ["-" if row["gap"] is None else _ms(row["gap"]["p50"])]
+        cells += ["-" if row["gap"] is None else _ms(row["gap"]["p50"])] * gaps
         cells += ["-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.2f}"]
         cells += [f"{row['joules']['p50']:.3g}" if row["joules"] else "-"] if more["J an edit"] else []
         for name, there in (("edit", more["of the limit: edit"]), ("step", more["drag step"])):
@@ -95,7 +96,7 @@ def times(facts: Mapping[str, Any]) -> Table:
             cells += ["-" if share is None else f"{100 * share:.1f} %"] if there else []
         lines.append(cells)
     extra = ("peak, GB", "ms a point", "host gap, ms", "20 to 80 %", "updates", "samples")
-    return Table("latency, medians", tuple(head), lines, len(head) - 3, extra)
+    return Table("latency, medians", tuple(head), lines, len(head) - 3, tuple(name for name in extra if name in head))
 
 
 def stages(facts: Mapping[str, Any]) -> Table:

@@ -59,7 +59,7 @@ MADE = (
 class Update:
     """One latent update about to be made: drag step, its number, latent [1,4,h,w], handles [n,2], losses, gradient.
 
-    losses: of the drag, the background, the readout, and their weighted sum.
+    losses: of the drag, the background, the readout, and their weighted sum. edit: which of a batch.
     """
 
     step: int
@@ -68,6 +68,7 @@ class Update:
     handles_yx: Tensor
     losses: tuple[float, float, float, float]
     gradient: Tensor
+    edit: int = 0
 
 
 @dataclass(frozen=True)

@@ -313,7 +313,7 @@ def examine(code: PublishedCode | EngineCode, short: Work, gate: Gate) -> dict[s
         short.first(code, seen.append)
     except BackendUnavailable as error:  # nothing could be compiled for so many edits at once
         return {"skipped": str(error)}
-    facts: dict[str, Any] = {"gate": gate.compare(seen).facts()}
+    facts: dict[str, Any] = {"gate": gate.compare(seen, code.edits if isinstance(code, EngineCode) else 1).facts()}
     if device.type != "cuda" or not facts["gate"]["equal"]:
         return facts
     torch.cuda.synchronize(device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ if TYPE_CHECKING:
 
 SMALL_MODEL = 256  # working pixels along the long side up to which one CPU thread serves a model best
 KNOWN_IDENTITIES = 8  # whose sources may be edited without naming the identity again; at rank 16 and SD 1.5 13 MB each
-STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode")
+PREPARING = ("encode", "invert", "reference")
+STAGES = ("load", *PREPARING, "warp", "drag", "denoise", "decode")
 
 
 class Engine:
@@ -203,14 +205,9 @@ class Engine:
         with self._lock, reporter(progress, plan) as report, _working(self.model):
             model = self._model_with(identity)
             ready = source or self._prepare(picture, prompt, model, settings, report, editing=True)
-            before = dict.fromkeys(STAGES[1:4], "prepared before")
-            if source is None:
-                before = what_ran(self._passes_for(prompt, model), self.backend, editing=False)
+            before = self._preparation([] if source else [ready], prompt, model)
             (result,) = self._edit([ready], [arrows], [area], model, settings, report)
-        if source is None:
-            result.timings.update({stage: ready.timings.get(stage, 0.0) for stage in ("encode", "invert", "reference")})
-            result.passes.update(ready.passes)
-        result.backend.update(before)
+        before.add_to(result)
         result.timings["total"] = time.perf_counter() - started
         return result
 
@@ -243,7 +240,8 @@ class Engine:
 
         edits: (image, drags) or (image, drags, mask), each part as in `edit`; equal pictures are prepared once if they
         are given as one object, best as a `Source`. The other arguments hold for all. timings and passes of every
-        result are the batch's; `progress` tells no points and no previews. Raises what `edit` does.
+        result are the batch's, with what preparing its pictures took; each has its own decode. `progress` tells no
+        points and no previews. Raises what `edit` does.
         """
         started = time.perf_counter()
         wanted = _checked_batch(edits)
@@ -272,8 +270,11 @@ class Engine:
             ready = [sources[id(image)] for image, _, _ in wanted]
             if len({source.prompt for source in ready}) > 1:
                 raise InputError("the sources of a batch were prepared with different prompts; edit them one by one")
+            fresh = [source for key, source in sources.items() if source is not given[key]]
+            before = self._preparation(fresh, prompt, model)
             results = self._edit(ready, arrows, areas, model, settings, report)
         for result in results:
+            before.add_to(result)
             result.timings["total"] = time.perf_counter() - started
         return results
 
@@ -304,6 +305,18 @@ class Engine:
         with memory_errors(passes.device, spaces.work_hw):
             prepared = prepare(passes, work, config, _teller(report, passes, config, spaces), kv_budget=budget)
         return Source(picture, spaces, prepared, model.digest, prompt, passes.device, passes.dtype)
+
+    def _preparation(self, fresh: Sequence[Source], prompt: str, model: Model) -> _Preparation:
+        """What preparing some pictures took and what ran it; to be asked before anything else runs."""
+        timings = {stage: sum(source.timings.get(stage, 0.0) for source in fresh) for stage in PREPARING}
+        passes: dict[str, Counter[str]] = {}
+        for source in fresh:
+            for stage, calls in source.passes.items():
+                passes.setdefault(stage, Counter()).update(calls)
+        ran = dict.fromkeys(PREPARING, "prepared before")
+        if fresh:
+            ran = what_ran(self._passes_for(prompt, model), self.backend, editing=False)
+        return _Preparation(timings, {stage: dict(calls) for stage, calls in passes.items()}, ran)
 
     def _edit(
         self,
@@ -564,6 +577,19 @@ def _resized_mask(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
         mask[None, None].float().cpu(), size[::-1], mode="bilinear", align_corners=False
     )
     return whole[0, 0].clamp(0, 1).numpy()
+
+
+class _Preparation(NamedTuple):
+    """What an edit's pictures cost before it: nothing but "prepared before" where that was in an earlier call."""
+
+    timings: dict[str, float]
+    passes: dict[str, dict[str, int]]
+    ran: dict[str, str]
+
+    def add_to(self, result: EditResult) -> None:
+        result.timings.update(self.timings)
+        result.passes.update({stage: dict(calls) for stage, calls in self.passes.items()})
+        result.backend.update(self.ran)
 
 
 def _history(record: Record, config: DirectDragConfig, spaces: Spaces) -> dict[str, Any]:

@@ -41,6 +41,15 @@ def test_each_result_is_that_of_its_single_edit(engine: ddengine.Engine, picture
         assert np.abs(np.array(result.handles) - np.array(alone.handles)).max() <= 2
         assert np.allclose(result.mask, alone.mask) and len(result.handles) == len(drags)
         assert len(result.history) == len(alone.history) and set(result.timings) == set(alone.timings)
+    forwards = {"forward": 8, "backward": 0}
+    preparing = {"invert": forwards, "reference": forwards}  # of the one that was no source
+    for result in together:
+        assert {stage: result.passes[stage] for stage in preparing} == preparing
+        assert all(0 < result.timings[stage] < result.timings["total"] for stage in ("encode", *preparing))
+        assert result.backend["invert"].startswith("eager")
+    (again,) = engine.edit_batch([(source, UP)], config=CONFIG)
+    assert again.timings["invert"] == 0 and "invert" not in again.passes
+    assert again.backend["invert"] == "prepared before"
     right = np.asarray(together[2].image)[:, 66:]
     assert np.array_equal(right, picture[:, 66:]) and together[0].backend["drag"].startswith("eager")
 

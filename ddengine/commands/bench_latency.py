@@ -45,7 +45,9 @@ POINTS = (1, 2, 4, 8, 16)
 @click.option(
     "--build", is_flag=True, help="First build what a backend lacks; takes minutes for each number of points."
 )
-@click.option("--resume", is_flag=True, help="Keep the finished rows that the output file already has.")
+@click.option(
+    "--resume", is_flag=True, help="Keep the finished rows of the output file, if of this plan, machine and commit."
+)
 @click.option("-o", "--output", type=FILE, default="out/latency.json", show_default=True, help="JSON to write.")
 @click.option("--csv", type=FILE, help="The same rows as a table to write.")
 @click.option("--plot", type=FILE, help="Picture to draw, .png or .svg; needs matplotlib.")

@@ -26,6 +26,7 @@ from ddengine.bench import latency, latency_plot, latency_view, latency_work, li
 from ddengine.bench.clock import Clock
 from ddengine.bench.devices import DEVICES
 from ddengine.bench.latency import Plan
+from ddengine.bench.latency_gate import Equality
 from ddengine.bench.latency_meter import Meter, Sample, stages_by
 from ddengine.bench.latency_rows import KINDS, PROVENANCE, Lane, summed
 from ddengine.bench.latency_work import Candidate, drags, make_model, picture, shortened
@@ -189,9 +190,18 @@ def test_the_file_is_whole_after_every_round_and_can_be_resumed(
     assert more["rows"][2:] == facts["rows"] and Stops.edits - made == made + 100  # as many again, for one point
     with pytest.raises(InputError, match="config differ; name another file"):
         latency.run(path, replace(plan, config=plan.config.changed(lam=0.2)), resume=True)
-    path.write_text("[]")
-    with pytest.raises(InputError, match="it is no latency run"):
-        latency.run(path, plan, resume=True)
+
+    whole = json.loads(path.read_text())
+    for name, where in (("commit", whole["rows"][0]["on"]), ("threads", whole["machine"]), ("clock", whole)):
+        known, where[name] = where[name], "another"
+        path.write_text(json.dumps(whole))
+        with pytest.raises(InputError, match=f"its {name} differ; name another file"):
+            latency.run(path, plan, resume=True)
+        where[name] = known
+    for broken in ([], {**whole, "plan": 3}, {**whole, "rows": [3]}, {**whole, "rows": [{"on": {}, "ms": {}}]}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(InputError, match="it is no latency run"):
+            latency.run(path, plan, resume=True)
 
 
 def test_a_batch_is_told_by_the_edit(model: Model, tmp_path: Path) -> None:
@@ -203,7 +213,41 @@ def test_a_batch_is_told_by_the_edit(model: Model, tmp_path: Path) -> None:
             row["ms"]["edit"]["p50"], rel=0.05
         )
         assert row["ms"]["step"]["p50"] == pytest.approx(row["stages"]["drag"]["p50"] / 4)
+        again = row["edit"] == "next"  # else each edit of the batch prepares a picture of its own
+        assert all((row["stages"][stage]["p50"] == 0) == again for stage in ("encode", "invert", "reference"))
+        assert row["passes"].get("invert") == (None if again else {"forward": 2 * 2, "backward": 0})
+        assert row["gate"]["drag"]["updates"] == 4
     assert "batch of 2" in latency_view.conditions(facts)
+
+
+class WrongLater(EagerPasses):
+    """Right in the first edit of a batch alone."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        WrongLater.pictures += 1
+        return super().decode(latent) + (0.1 if WrongLater.pictures % 2 == 0 else 0.0)
+
+    pictures = 0
+
+
+class WrongGradientLater(EagerPasses):
+    """Its slope is right in the first edit of a batch alone."""
+
+    def supervise(self, latent: Tensor, timestep: int | Tensor, **options: Any) -> Any:
+        later = 0.9 * latent[1:] + (0.1 * latent[1:]).detach()
+        return super().supervise(torch.cat((latent[:1], later)), timestep, **options)
+
+
+@pytest.mark.parametrize("passes", [WrongLater, WrongGradientLater])
+def test_every_edit_of_a_batch_is_looked_at(model: Model, passes: type[EagerPasses]) -> None:
+    plan = short(model)
+    equality = Equality(model, picture(), drags(2), plan.config)
+    (right, wrong) = (by_name(kind, model).engine for kind in (EagerPasses, passes))
+    assert right is not None and wrong is not None
+    assert equality.judge(right, 2)["equal"] and equality.judge(wrong, 1)["equal"]
+    WrongLater.pictures = 0
+    verdict = equality.judge(wrong, 2)
+    assert not verdict["picture" if passes is WrongLater else "drag"]["equal"], verdict
 
 
 def test_stages_are_read_from_the_clock_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
