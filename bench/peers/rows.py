@@ -43,7 +43,10 @@ class System:
 
 
 def described(system: System, ours: System) -> dict[str, Any]:
-    """A system's row: what it is, what it took, and the ratio of its edits to this engine's of the same round."""
+    """A system's row: what it is, what it took, and the ratio of its edits to this engine's of the same round.
+
+    Its stages and updates are those of the edit in the middle, so that they add up to one that was made.
+    """
     row: dict[str, Any] = {"system": system.name, "own": system.own, "preset": system.config[0] if system.own else None}
     row["changes"] = system.config[1] if system.own else None
     told = ("name", "source", "python", "versions", "clock", "needs", "published", "settings", "notes", "stand_ins")
@@ -52,25 +55,20 @@ def described(system: System, ours: System) -> dict[str, Any]:
     edits = [edit_ms(sample) for sample in system.samples]
     if not edits:
         return row
-    stages = [sample["stages"] for sample in system.samples]
-    names = list(dict.fromkeys(name for stage in stages for name in stage))
-    grouped = {
-        group: median_ms([sum(stage.get(name, 0.0) for name in parts) for stage in stages])
-        for group, parts in GROUPS.items()
-    }
+    middle = sorted(system.samples, key=edit_ms)[(len(edits) - 1) // 2]
+    stages, counts = middle["stages"], middle["counts"]
+    grouped = {group: 1e3 * sum(stages.get(name, 0.0) for name in parts) for group, parts in GROUPS.items()}
     if loaded := system.row.get("loaded", {}).get("load"):
         grouped["load"] = 1e3 * loaded  # once a process, not once an edit
-    counts = system.samples[-1]["counts"]
-    dragging = [sum(stage.get(name, 0.0) for name in GROUPS["drag"]) for stage in stages]
     updates = counts.get("updates", 0)
     row |= {
         "edit_ms": spread_of(edits),
         "next_ms": spread_of([edit_ms(sample) for sample in system.nexts]) if system.nexts else None,
         "ms": grouped,
-        "stages_ms": {name: median_ms([stage.get(name, 0.0) for stage in stages]) for name in names},
+        "stages_ms": {name: 1e3 * seconds for name, seconds in stages.items()},
         "load": "once a process" if loaded else "every edit",
         "updates": updates,
-        "update_ms": median_ms(dragging) / updates if updates else None,
+        "update_ms": grouped["drag"] / updates if updates else None,
         "counts": counts,
         "memory_bytes": max((sample["memory_bytes"] or 0) for sample in system.samples) or None,
         "picture": f"{system.name}.png",
@@ -104,10 +102,6 @@ def differences(systems: Sequence[System], folder: Path) -> dict[str, dict[str, 
 def edit_ms(sample: Mapping[str, Any]) -> float:
     """Milliseconds of an edit without loading weights, which some do once and some in every edit."""
     return 1e3 * float(sample["seconds"] - sample["stages"].get("load", 0.0))
-
-
-def median_ms(seconds: Sequence[float]) -> float:
-    return 1e3 * float(np.median(seconds))
 
 
 def spread_of(values: Sequence[float]) -> dict[str, Any]:

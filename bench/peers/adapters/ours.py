@@ -45,16 +45,17 @@ def edit_next(host: Any) -> Any:
 def _edit(host: Any, image: Any) -> Any:
     import numpy as np
 
+    from ddengine.bench.clock import Clock
+    from ddengine.bench.latency_meter import stages_by
+
     drags = [((x0, y0), (x1, y1)) for x0, y0, x1, y1 in host.job["drags"]]
-    with host.stage("edit"):
+    with stages_by(Clock(host.device)), host.stage("edit"):
         result = _kept["engine"].edit(image, drags, config=_kept["config"], prompt=host.job["prompt"])
-    # The engine tells its own stages by the host's clock: their shares split the edit's seconds.
     whole = host.seconds.pop("edit")
     told = {name: spent for name, spent in result.timings.items() if name != "total" and spent}
-    scale = whole / max(result.timings["total"], 1e-9)
     for name, spent in told.items():
-        host.seconds[name] += spent * scale
-    host.seconds["other"] += whole - scale * sum(told.values())
+        host.seconds[name] += spent
+    host.seconds["other"] += whole - sum(told.values())
     host.counts["updates"] = sum(bool(step["updated"]) for step in result.history)
     host.counts["forwards"] = sum(calls.get("forward", 0) for calls in result.passes.values())
     host.counts["backwards"] = sum(calls.get("backward", 0) for calls in result.passes.values())
