@@ -135,7 +135,7 @@ def measure(
     about: Mapping[str, Any],
     bar: Any,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of all backends at one number of points: after equality was looked at, and after every round."""
+    """The rows of all backends at one number of points: after equality was looked at, every round, every profile."""
     equality: Equality | None = None
     rows: list[dict[str, Any]] = []
     lanes: list[Lane] = []
@@ -152,8 +152,6 @@ def measure(
         if not lanes or lanes[-1].row["backend"] != one.name:
             bar.total = max(0, bar.total - plan.edits * len(KINDS))
         bar.refresh()
-    for lane in lanes:
-        lane.busy = meter.busy(lane.call)
     yield rows
     for _ in range(plan.edits if lanes else 0):
         for lane in lanes:
@@ -162,6 +160,11 @@ def measure(
             bar.update()
         for lane in lanes:
             lane.row |= summed(lane, meter, limits, about)
+        yield rows
+    for lane in lanes if meter.device.type == "cuda" else ():  # last, since the profile of a large model takes long
+        bar.set_description_str(f"{len(arrows)} point{'s' * (len(arrows) > 1)}, {lane.row['backend']}, profile")
+        lane.busy = meter.busy(lane.call)
+        lane.row |= summed(lane, meter, limits, about)
         yield rows
 
 

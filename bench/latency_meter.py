@@ -71,9 +71,9 @@ class Meter:
             os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         )
 
-    def busy(self, call: Call) -> float | None:
-        """Seconds that a call keeps a CUDA device busy, by its profile; None elsewhere."""
-        return device_seconds(call) if self.device.type == "cuda" else None
+    def busy(self, call: Call) -> float:
+        """Seconds that a call keeps a CUDA device busy, by its profile."""
+        return device_seconds(call)
 
     def _joules(self) -> float | None:
         return self.nvml.joules() if self.nvml is not None else None

@@ -29,6 +29,7 @@ from ddengine.bench.clock import Clock
 from ddengine.bench.devices import Device, named
 from ddengine.bench.engine_code import EngineCode
 from ddengine.bench.gate import Gate
+from ddengine.bench.latency_work import ENDLESS, shortened
 from ddengine.bench.published import SETTINGS, Outcome, PublishedCode, Update
 from ddengine.bench.roofline import floor, floor_ms
 from ddengine.bench.savings import Structure
@@ -47,8 +48,6 @@ from ddengine.store import ArtefactStore
 from ddengine.torch_state import working
 
 SHAPES = ("embedded", "sd15")
-# No edit ends early, so that every bar makes as many updates.
-ENDLESS: dict[str, Any] = {"reach": 0.0, "max_track_no_change": 100_000}
 DOCS = {
     "published": "the published structure",
     "frozen": "weights are frozen: the only gradient is the latent's",
@@ -118,12 +117,7 @@ class Bar:
 
 def settings(config: DirectDragConfig | None = None, updates: int | None = None) -> DirectDragConfig:
     """A configuration as the published structure can run it, whole length or about so many updates an edit."""
-    config = (config or DirectDragConfig.preset()).changed(**SETTINGS, **ENDLESS)
-    if updates is None:
-        return config
-    group = config.max_drag_per_track
-    drags = min(config.drag_end_step, math.ceil(updates / (config.track_per_step * group)))
-    return config.changed(drag_end_step=drags, track_per_step=max(1, round(updates / (drags * group))))
+    return shortened((config or DirectDragConfig.preset()).changed(**SETTINGS, **ENDLESS), updates)
 
 
 def make_work(model: Model, config: DirectDragConfig) -> Work:
