@@ -1,4 +1,4 @@
-"""What each setting that `default` has otherwise than the paper is worth, on drawn scenes: docs/quality.md's last table.
+"""What each of `default`'s own settings is worth, on drawn scenes: docs/quality.md's last table.
 
 `python -m ddengine.bench.chosen --measure` edits the scenes and writes bench/results/chosen-cpu.json, about 20 minutes;
 without `--measure` it writes the page's table from that file. The scenes are none of training's and none of

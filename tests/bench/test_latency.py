@@ -389,6 +389,13 @@ def test_the_page_has_the_numbers_of_the_results() -> None:
             share = [row["stages"][stage]["p50"] / plain["stages"][stage]["p50"] for stage in ("invert", "reference")]
             assert all(0.4 < one < 0.6 for one in share), (points, backend, share)
         assert row["ms"]["step"]["p50"] < 1.5 * found[1, backend, kind]["ms"]["step"]["p50"]
+    first, built, later = (
+        found[1, backend, kind]["ms"]["edit"]["p50"] / 1e3
+        for backend, kind in (("eager", "first"), ("auto", "first"), ("auto", "next"))
+    )
+    readme = " ".join((latency_view.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"A first edit of 30 updates takes {first:.1f} s" in readme
+    assert f"{built:.1f} s with what `ddengine build` builds" in readme and f"picture {later:.1f} s;" in readme
     for part in words.split("](")[1:]:
         path = part.partition(")")[0].partition("#")[0]
         assert not path or "://" in path or (latency_view.PAGE.parent / path).exists(), path
