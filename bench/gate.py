@@ -74,8 +74,13 @@ class Gate:
         An edit that made no update is not equal to anything.
         """
         each = [self._compare([update for update in updates if update.edit == edit]) for edit in range(edits)]
-        worst = (max(getattr(one, name) for one in each) for name in ("loss", "gradient", "handles"))
-        return Compared(min(one.updates for one in each), *worst, all(one.equal for one in each))
+        return Compared(
+            min(one.updates for one in each),
+            max(one.loss for one in each),
+            max(one.gradient for one in each),
+            max(one.handles for one in each),
+            all(one.equal for one in each),
+        )
 
     def _compare(self, updates: Sequence[Update]) -> Compared:
         """Of one edit."""
