@@ -14,6 +14,7 @@ This file needs no torch: tensors are accepted and returned where tensors come i
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -26,6 +27,7 @@ from ddengine.errors import InputError
 Point = tuple[float, float]
 
 MAX_DRAGS = 64
+MAX_NUMBERS = 4096  # of an array: above those of MAX_DRAGS, so that a few drags too many are counted in the refusal
 MAX_ASPECT = 8
 MIN_WORK_SIDE = 16
 VAE_REDUCTION = 8
@@ -64,7 +66,7 @@ def parse_drags(drags: Any, width: int, height: int) -> tuple[Drag, ...]:
 
 
 def _items(drags: Any) -> list[Any]:
-    drags = drags.tolist() if hasattr(drags, "tolist") else drags
+    drags = _listed(drags)
     if isinstance(drags, Drag):
         raise InputError("drags is one Drag; a list is needed: put it in brackets, [drag]")
     if isinstance(drags, (str, bytes, dict)) or not isinstance(drags, Iterable):
@@ -88,7 +90,7 @@ def _parse_drag(item: Any, index: int, width: int, height: int) -> Drag:
     if isinstance(item, Drag):
         ends: list[Any] = [item.handle, item.target]
     else:
-        item = item.tolist() if hasattr(item, "tolist") else item
+        item = _listed(item)
         if isinstance(item, (str, bytes, dict)) or not isinstance(item, Iterable):
             raise InputError(f"drag {index} is {_short(item)}; pass {_EXPECTED}")
         ends = list(item)
@@ -107,7 +109,7 @@ def _parse_drag(item: Any, index: int, width: int, height: int) -> Drag:
 
 
 def _parse_point(point: Any, what: str, width: int, height: int) -> Point:
-    point = point.tolist() if hasattr(point, "tolist") else point
+    point = _listed(point)
     if not _is_point(point):
         raise InputError(f"{what} is {_short(point)}; a point is two numbers (x, y)")
     try:
@@ -125,8 +127,18 @@ def _parse_point(point: Any, what: str, width: int, height: int) -> Point:
 
 
 def _is_point(value: Any) -> bool:
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = _listed(value)
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(part) for part in value)
+
+
+def _listed(value: Any) -> Any:
+    """An array or tensor as lists, other values as they are; InputError for one far too large to hold drags."""
+    if not hasattr(value, "tolist"):
+        return value
+    shape = tuple(getattr(value, "shape", ()))
+    if math.prod(max(side, 1) for side in shape) > MAX_NUMBERS:  # an empty one has as many lists as its other sides say
+        raise InputError(f"an array of shape {shape} was given for drags; the limit is {MAX_DRAGS} drags, {_EXPECTED}")
+    return value.tolist()
 
 
 def _is_number(value: Any) -> bool:
@@ -138,11 +150,17 @@ def _format(point: Point) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value in a message: of large and of deep ones only the beginning is ever printed."""
     try:
-        text = repr(value)
-    except ValueError:  # an int of more digits than Python prints
+        text = _PRINTER.repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints; a caller near the end of the stack
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+_PRINTER = reprlib.Repr()
+_PRINTER.maxlevel = 4
+_PRINTER.maxstring = _PRINTER.maxlong = _PRINTER.maxother = 80
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,41 @@ def test_bad_drags_are_refused_with_the_reason(drags, says):
         parse_drags(drags, WIDTH, HEIGHT)
 
 
+def _twins(depth):
+    value = ()
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def _nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("drags", "says"),
+    [
+        ([(_twins(60), (1, 2))], "two numbers"),
+        ([(_nested(5000), (1, 2))], "two numbers"),
+        ([((1, _nested(5000)), (1, 2))], "two numbers"),
+        ([[1] * 1_000_000], "1000000 parts"),
+        ([{"a": _nested(5000)}], "drag 0 is"),
+        (np.zeros((5000, 2, 2)), r"array of shape \(5000, 2, 2\)"),
+        ([np.zeros((0, 1 << 40))], "array of shape"),
+        ([[np.broadcast_to(np.zeros(()), (1 << 30,)), (1, 2)]], "array of shape"),
+        (torch.zeros(()).expand(1 << 40), "array of shape"),
+    ],
+    ids=["doubled", "deep", "deep number", "long", "dictionary", "array", "empty array", "wide point", "tensor"],
+)
+def test_what_has_no_end_is_refused_in_a_short_message(drags, says):
+    with pytest.raises(InputError, match=says) as caught:
+        parse_drags(drags, WIDTH, HEIGHT)
+    assert len(str(caught.value)) < 300
+
+
 def test_the_limit_itself_is_allowed():
     assert len(parse_drags([ONE] * MAX_DRAGS, WIDTH, HEIGHT)) == MAX_DRAGS
 

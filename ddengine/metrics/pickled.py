@@ -22,6 +22,8 @@ from ddengine.errors import InputError
 MAX_BYTES = 64 << 20  # a mask of 8 megapixels as float64; the published pickles here hold under half a megabyte
 MAX_STEPS = 1_000_000  # opcodes; a published pickle has about a hundred
 MAX_ARRAYS = 16  # one stretch of bytes can be the content of many arrays
+MAX_DEPTH = 32  # containers in containers; published ones lie three deep
+MAX_NODES = 1_000_000  # values, those that are shared counted wherever they are met: few opcodes can share up billions
 
 _DTYPE = re.compile(r"b1|u[1248]|i[1248]|f[248]")
 _RECONSTRUCT = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
@@ -61,6 +63,7 @@ def parse_pickle(data: bytes, name: str = "the pickle") -> Any:
             machine.run(opcode.name, argument)
         if len(machine.stack) != 1 or machine.marks or _special(machine.stack[0]):
             raise _Refused("it does not end in one value")
+        _check_extent(machine.stack[0])
     except _Refused as refusal:
         raise InputError(
             f"{name} is not read: {refusal}; only plain containers and NumPy arrays of numbers are, for a pickle can "
@@ -108,6 +111,33 @@ def _special(value: Any) -> bool:
     return isinstance(value, (_Name, _Arguments, _Type, _Blank))
 
 
+def _check_extent(value: Any) -> None:
+    """Refuse what would take whoever walks through it too deep or too long, be it by sharing or by going in circles.
+
+    Nothing here recurses, nor hashes, compares or prints a container: that alone ends a process that is deep enough.
+    """
+    met, left = 1, [(value, 1)]
+    while left:
+        node, depth = left.pop()
+        if not isinstance(node, (list, tuple, dict)):
+            continue
+        if depth > MAX_DEPTH:
+            raise _Refused(f"its containers lie more than {MAX_DEPTH} deep")
+        met += len(node)
+        if met > MAX_NODES:
+            raise _Refused(f"it has more than {MAX_NODES} values")
+        left.extend((part, depth + 1) for part in (node.values() if isinstance(node, dict) else node))
+
+
+def _is_key(value: Any) -> bool:
+    """Whether a dictionary may have it as a key: hashed at once, which takes tuples as deep as they are."""
+    return (
+        value is None
+        or isinstance(value, (str, bytes, float))
+        or (isinstance(value, int) and -(1 << 63) <= value < 1 << 64)
+    )
+
+
 class _Machine:
     """The stack, its marks and the memo of one pickle."""
 
@@ -142,6 +172,8 @@ class _Machine:
             self.container(list).extend(self.plain(items))
         elif opcode in ("SETITEM", "SETITEMS"):
             items = [stack.pop(), stack.pop()][::-1] if opcode == "SETITEM" else self.to_mark()
+            if not all(map(_is_key, items[::2])):
+                raise _Refused("a key of a dictionary is neither text nor a number of 64 bits")
             self.container(dict).update(zip(*[iter(self.plain(items))] * 2, strict=True))
         elif opcode in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
             key = len(self.memo) if opcode == "MEMOIZE" else argument
@@ -185,12 +217,16 @@ class _Machine:
 
     @staticmethod
     def named(module: Any, name: Any) -> _Name:
+        if type(module) is not str or type(name) is not str:  # before anything hashes them
+            raise _Refused("it names no text")
         if (module, name) in {*_RECONSTRUCT, *_FROM_BUFFER, _NDARRAY, _NUMPY_DTYPE}:
             return _Name(module, name)
-        raise _Refused(f"it names {str(module)[:40]}.{str(name)[:40]}" if type(name) is str else "it names no text")
+        raise _Refused(f"it names {module[:40]}.{name[:40]}")
 
     def call(self, function: Any, arguments: Any) -> Any:
         """What NumPy's own three calls give; the function is compared, never called."""
+        if type(function) is not _Name:  # before anything hashes it
+            raise _Refused("it makes a call")
         match arguments:
             case (_Name() as kind, (0,), b"b") if function in _RECONSTRUCT and kind == _NDARRAY:
                 return _Blank()
@@ -220,6 +256,8 @@ class _Machine:
         if self.arrays > MAX_ARRAYS:
             raise _Refused(f"it holds more than {MAX_ARRAYS} arrays")
         if len(shape) > 8 or not all(type(side) is int and 0 <= side <= MAX_BYTES for side in shape):
+            raise _Refused("it holds an array of no possible shape")
+        if math.prod(max(side, 1) for side in shape) > MAX_BYTES:  # an empty one, that would be endless lists
             raise _Refused("it holds an array of no possible shape")
         dtype = np.dtype("u1" if kind.code == "b1" else kind.order + kind.code)
         if math.prod(shape) * dtype.itemsize != len(content):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import pickletools
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from ddengine.errors import InputError
 from ddengine.metrics import pickled
@@ -136,6 +140,90 @@ def test_anything_else_is_refused_and_nothing_runs(kind: str, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"meta_data\.pkl is (not read|damaged)"):
         read_pickle(path)
     assert TRAP == []
+
+
+DEEP = b")" + b"\x85" * 200_000  # a tuple in a tuple in a tuple: to hash, to compare or to print it ends a process
+
+
+def points(value: bytes, filler: bytes = b"K\x01") -> bytes:
+    """A sample's description whose first drag is `value` and a filler."""
+    return b"\x80\x04}(\x8c\x06prompt\x8c\x01a\x8c\x06points](" + value + filler + b"eu."
+
+
+def shared(times: int, depth: int) -> bytes:
+    """A tuple of so many times one tuple of so many times one tuple ..., as deep as said."""
+    value = b")"
+    for level in range(depth):
+        value = b"(" + value + b"\x94" + (b"h" + bytes([level])) * (times - 1) + b"t"
+    return value
+
+
+def endless() -> dict[str, bytes]:
+    """What ends the process, or never ends itself, when somebody hashes it, prints it or walks through it."""
+    name = b"\x8c\x05numpy\x8c\x07ndarray\x93"
+    empty = pickle.dumps({"prompt": "a", "points": [np.zeros((0, 2)), 1]}, 4)
+    assert empty.count(b"K\x00K\x02\x86") == 1
+    digits = (1_000_000).to_bytes(4, "little") + b"\x7f" * 1_000_000
+    return {
+        "a deep tuple as a key": b"\x80\x04}" + DEEP + b"K\x01s.",
+        "a deep tuple as one of several keys": b"\x80\x04}(K\x01K\x02" + DEEP + b"K\x01u.",
+        "a deep tuple as a name": b"\x80\x04\x8c\x05numpy" + DEEP + b"\x93.",
+        "a deep tuple as a module": b"\x80\x04" + DEEP + b"\x8c\x07ndarray\x93.",
+        "a deep tuple that is called": b"\x80\x04" + DEEP + name + b"K\x00\x85C\x01b\x87R.",
+        "a key of millions of digits": b"\x80\x04}\x8b" + digits + b"K\x01s.",
+        "nothing but a deep tuple": b"\x80\x04" + DEEP + b".",
+        "a deep point": points(DEEP),
+        "a deep list for a point": points(b"]" * 100_000 + b"a" * 99_999),
+        "a point a few hundred deep": points(b"]" * 500 + b"a" * 499),
+        "a deep number": points(b"K\x01" + DEEP + b"\x86"),
+        "a point that doubles sixty times": points(shared(2, 60)),
+        "a point of shared tuples of shared tuples": points(shared(250, 5)),
+        "a point that holds itself": points(b"]\x94h\x00a"),
+        "an empty array of endless lists": empty.replace(
+            b"K\x00K\x02\x86", b"J\x00\x00\x00\x04J\x00\x00\x00\x04K\x00\x87"
+        ),
+    }
+
+
+def test_what_is_too_deep_or_without_end_costs_its_own_sample(tmp_path: Path) -> None:
+    """In a process of its own, which it would end: every such sample is refused, and the one after it is read."""
+    kinds = endless()
+    for number, content in enumerate([*kinds.values(), pickle.dumps({"points": [(1, 2), (3, 4)]})]):
+        folder = tmp_path / "kind" / f"{number:02d}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(folder / "original_image.png")
+        (folder / "meta_data.pkl").write_bytes(content)
+    script = (
+        "import json, sys; from ddengine.metrics.datasets import read_set; samples, refused = read_set(sys.argv[1]); "
+        "print(json.dumps([[sample.name for sample in samples], refused]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    read, refused = json.loads(done.stdout)
+    assert read == [f"kind/{len(kinds):02d}"]
+    said = {kind: refused[f"kind/{number:02d}"] for number, kind in enumerate(kinds)}
+    assert [kind for kind, why in said.items() if "meta_data.pkl is not read" not in why] == []
+    assert "32 deep" in said["a deep point"] and "1000000 values" in said["a point of shared tuples of shared tuples"]
+
+
+def test_depth_and_values_are_counted_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: Any = 1
+    for _ in range(pickled.MAX_DEPTH):
+        deep = [deep]
+    assert parse_pickle(pickle.dumps(deep)) == deep
+    with pytest.raises(InputError, match="more than 32 deep"):
+        parse_pickle(pickle.dumps({"a": deep}))
+    monkeypatch.setattr(pickled, "MAX_NODES", 21)
+    one = [1, 2, 3, 4]
+    assert parse_pickle(pickle.dumps([one] * 4)) == [one] * 4  # 1 + 4 + 16: shared ones count wherever they are
+    with pytest.raises(InputError, match="more than 21 values"):
+        parse_pickle(pickle.dumps([[*one, 5], *[one] * 3]))
+    for key in (None, True, 2**64 - 1, -(2**63), 0.5, "a", b"a"):
+        assert parse_pickle(pickle.dumps({key: 1})) == {key: 1}
+    for key in (2**64, -(2**63) - 1, (1,)):
+        with pytest.raises(InputError, match="neither text nor a number of 64 bits"):
+            parse_pickle(pickle.dumps({key: 1}))
 
 
 def test_the_trap_is_live() -> None:
