@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +42,19 @@ DEVICES: dict[str, Device] = {
     "5090": Device("GeForce RTX 5090", 209.5, 1.792, "NVIDIA RTX Blackwell architecture white paper"),
 }
 
+# What their drivers call them, after the maker's name: to the letter, since a word more is another product (PCIe and
+# NVL cards, laptops, D, Ti and Super, half the memory, a slice by MIG).
+DRIVERS = {
+    "H200": "h200",
+    "H100 80GB HBM3": "h100",
+    "A100-SXM4-80GB": "a100",
+    "L40S": "l40s",
+    "L4": "l4",
+    "GeForce RTX 4090": "4090",
+    "GeForce RTX 3090": "3090",
+    "GeForce RTX 5090": "5090",
+}
+
 
 def devices(names: Sequence[str] = (), *, measured: bool = False) -> dict[str, Device]:
     """GPUs by short names in any case, all without names; InputError for an unknown one.
@@ -63,6 +75,6 @@ def devices(names: Sequence[str] = (), *, measured: bool = False) -> dict[str, D
 
 
 def named(name: str) -> Device | None:
-    """What is known of a GPU by the name that its driver gives; None of others, PCIe cards among them."""
-    words = re.split(r"[\s-]+", name.lower())
-    return next((about for key, about in DEVICES.items() if key in words and "pcie" not in words), None)
+    """What is known of a GPU by the whole name that its driver gives; None of any other."""
+    key = DRIVERS.get(" ".join(name.split()).removeprefix("NVIDIA "))
+    return DEVICES[key] if key else None

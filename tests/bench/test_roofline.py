@@ -240,8 +240,39 @@ def test_devices_are_found_by_name() -> None:
         devices(["h20"])
     with pytest.raises(InputError, match="one GPU, 2 are named"):
         devices(["h200", "a100"], measured=True)
-    assert named("NVIDIA H200") is DEVICES["h200"] and named("NVIDIA GeForce RTX 4090").tflops == 165.2
-    assert named("NVIDIA H100 PCIe") is None and named("Tesla T4") is None
+
+
+# As nvidia-smi -L and torch.cuda.get_device_name print them.
+KNOWN = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "A100-SXM4-80GB": "a100",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 4090": "4090",
+    "GeForce RTX 3090": "3090",
+    "NVIDIA GeForce RTX 3090": "3090",
+    "NVIDIA GeForce RTX 5090": "5090",
+}
+UNKNOWN = """
+    NVIDIA H200 NVL; NVIDIA H100 NVL; NVIDIA H100 PCIe; NVIDIA H100 80GB HBM2e; NVIDIA H100 64GB HBM2; NVIDIA H800;
+    NVIDIA H20; NVIDIA GH200 480GB; NVIDIA GH200 120GB; NVIDIA H100 80GB HBM3 MIG 1g.10gb; NVIDIA H200 MIG 1g.18gb;
+    NVIDIA A100-SXM4-40GB; A100-SXM4-40GB; NVIDIA A100-PCIE-40GB; NVIDIA A100 80GB PCIe; NVIDIA A100-SXM-64GB;
+    NVIDIA A100-SXM4-80GB MIG 1g.10gb; NVIDIA A100-SXM4-80GB MIG 3g.40gb; NVIDIA A100X; NVIDIA A800-SXM4-80GB;
+    GRID A100X-40C; NVIDIA A10; NVIDIA A10G; NVIDIA A30; NVIDIA A40; NVIDIA L40; NVIDIA L40G; NVIDIA L4-24Q;
+    NVIDIA GeForce RTX 4090 D; NVIDIA GeForce RTX 4090 Laptop GPU; NVIDIA GeForce RTX 4080 SUPER;
+    NVIDIA GeForce RTX 3090 Ti; NVIDIA GeForce RTX 3080 Ti Laptop GPU; NVIDIA GeForce RTX 5090 D;
+    NVIDIA GeForce RTX 5090 D v2; NVIDIA GeForce RTX 5090 Laptop GPU; NVIDIA RTX 4000 Ada Generation; NVIDIA RTX A6000;
+    NVIDIA B200; NVIDIA GB200; NVIDIA Graphics Device; Tesla T4; Tesla V100-SXM2-32GB; AMD Instinct MI300X; H100; 4090
+"""
+
+
+def test_drivers_names_are_known_to_the_letter() -> None:
+    assert {name: named(name) for name in KNOWN} == {name: DEVICES[key] for name, key in KNOWN.items()}
+    assert {DEVICES[key].name for key in KNOWN.values()} == {about.name for about in DEVICES.values()}
+    others = [name.strip() for name in UNKNOWN.split(";")]
+    assert len(others) == 46 and [name for name in others if named(name) is not None] == []
 
 
 def test_the_command_refuses_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
