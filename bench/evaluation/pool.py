@@ -5,16 +5,20 @@ This file imports no torch, so that a new process can be told its number of thre
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 import ddengine.errors as errors
 from ddengine.errors import DDEngineError
+
+log = logging.getLogger(__name__)
 
 
 class Specification(Protocol):
@@ -38,12 +42,30 @@ def here(do: Callable[[Any], Iterator[Any]], jobs: Iterable[Any]) -> Iterator[tu
             yield job, answer
 
 
+class Jobs:
+    """What is still to be given out, one job ahead: nobody is started for nothing."""
+
+    def __init__(self, jobs: Iterable[Any]) -> None:
+        self._rest = iter(jobs)
+        self._next = list(islice(self._rest, 1))
+
+    def __bool__(self) -> bool:
+        return bool(self._next)
+
+    def take(self) -> Any:
+        """The next job; only where there is one."""
+        job = self._next.pop()
+        self._next = list(islice(self._rest, 1))
+        return job
+
+
 def in_processes(what: Specification, jobs: Iterable[Any], count: int) -> Iterator[tuple[Any, Any]]:
     """(job, answer) of every answer of `count` processes, as they come; a (job, Died) where a process ended.
 
-    Every process loads its own; what it cannot load is raised here. Processes are ended whenever the iterator is.
+    Every process loads its own. One that cannot, be it the first or what replaces a dead one, costs no other: why is
+    raised here when nobody is left for what is still to do. Processes are ended whenever the iterator is.
     """
-    waiting, workers = iter(jobs), [_Worker(what) for _ in range(count)]
+    waiting, workers = Jobs(jobs), [_Worker(what) for _ in range(count)]
     try:
         while workers:
             ready = wait([worker.connection for worker in workers])
@@ -51,16 +73,23 @@ def in_processes(what: Specification, jobs: Iterable[Any], count: int) -> Iterat
                 kind, content = worker.heard()
                 if kind == "answer":
                     yield worker.job, content
-                elif kind == "broken":
-                    raise _error(*content)
+                elif kind in ("broken", "died") and worker.job is None:
+                    workers.remove(worker)
+                    if kind == "broken":
+                        worker.end()
+                    error = (
+                        _error(*content) if kind == "broken" else DDEngineError(f"a worker could not start: {content}")
+                    )
+                    if waiting and not workers:
+                        raise error
+                    log.warning("%s; those that are left go on: %d", error, len(workers))
                 elif kind == "died":
                     workers.remove(worker)
-                    if worker.job is None:
-                        raise DDEngineError(f"a worker could not start: {content}")
                     yield worker.job, Died(worker.job, content)
-                    workers.append(_Worker(what))
-                elif (job := next(waiting, None)) is not None:
-                    worker.give(job)
+                    if waiting:
+                        workers.append(_Worker(what))
+                elif waiting:
+                    worker.give(waiting.take())
                 else:
                     workers.remove(worker)
                     worker.end()

@@ -52,6 +52,7 @@ def assemble(
         }
     notes = {note for _, facts in edits.values() for note in facts["notes"]}
     notes |= {note for row in judged.values() for facts in row.values() for note in facts["notes"]}
+    notes |= _mixed(rows)
     return {
         "format": files.FORMAT,
         "suite": suite.name,
@@ -88,6 +89,20 @@ def _sample(suite: Suite, item: Item, rows: Sequence[str], edits: Edits, judged:
         "drags": [[list(drag.handle), list(drag.target)] for drag in item.drags],
         "rows": found,
     }
+
+
+def _mixed(rows: Mapping[str, Any]) -> set[str]:
+    """A note for every stage that a row's edits did not all compute alike: their pixels differ by rounding."""
+    found = set()
+    for row in rows.values():
+        stages = Counter(what.partition(":")[0] for what in row["backend"])
+        for stage in (stage for stage, count in stages.items() if count > 1):
+            which = [what.partition(": ")[2] for what in row["backend"] if what.startswith(f"{stage}:")]
+            found.add(
+                f"the {stage} of some edits ran on {', of others on '.join(which)}: not the same was built for all; "
+                "name a --backend"
+            )
+    return found
 
 
 def _missing(suite: Suite, rows: Mapping[str, Any]) -> dict[str, str]:

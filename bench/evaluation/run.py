@@ -78,6 +78,22 @@ def _setup(plan: Plan, engine: Engine) -> dict[str, Any]:
     }
 
 
+def worker_options(options: Mapping[str, Any], engine: Engine, *, far: bool) -> dict[str, Any]:
+    """`Engine.load`'s options for workers, so that each loads what this process did, whatever it finds around itself.
+
+    "auto" becomes what it was here, but for the backend's, a choice for each stage by what is built. far: workers of a
+    cluster, which see the one GPU that they claim, whatever its number, and start in folders of their own.
+    """
+    device = engine.model.device
+    found = {**options, "device": device.type if far else str(device)}
+    found["dtype"] = str(engine.model.dtype).removeprefix("torch.")
+    for name in ("model", "readout", "lora", "vae") if far else ():
+        path = options.get(name)
+        if path not in (None, "embedded") and Path(path).expanduser().exists():
+            found[name] = Path(path).expanduser().absolute()
+    return found
+
+
 class _State:
     """One run on its way: what is done, what failed."""
 
@@ -85,10 +101,12 @@ class _State:
         self.plan, self.run, self.rows, self.setup, self.watch = plan, run, rows, setup, watch
         self.edits: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}  # (sample, row): digest of picture, facts
         self.judged: dict[str, dict[str, dict[str, Any]]] = {}  # row, sample
+        self.options = dict(plan.engine)
         self.failures = {(name, ""): why for name, why in plan.suite.refused.items()}
 
     def edit(self, engine: Engine) -> None:
         """Make the edits that are missing."""
+        self.options = worker_options(self.plan.engine, engine, far=self.plan.ray is not None)
         left: dict[str, list[Row]] = {}
         for item in self.plan.suite.items:
             for row in self.rows:
@@ -106,7 +124,7 @@ class _State:
                     yield EditJob(item, picture, edits, self.plan.seed)
 
         threads = self._threads()
-        what = Editor(self.plan.engine, threads)
+        what = Editor(self.options, threads)
         for job, outcome in self._answers(what, jobs(), len(left), lambda: what.open(engine)):
             row = next(row for row in self.rows if row.name == outcome.row)
             if outcome.error:
@@ -146,9 +164,8 @@ class _State:
 
         what = Judge(
             suite.name,
-            tuple(figure.name for figure in suite.figures),
-            {name: str(path) for name, path in self.plan.weights.items()},
-            str(self.plan.engine.get("device", "auto")),
+            {name: str(Path(path).expanduser().absolute()) for name, path in self.plan.weights.items()},
+            str(self.options.get("device", "auto")),
             self._threads(),
         )
         # Colours alone are compared faster than processes start.
@@ -174,7 +191,7 @@ class _State:
             from ddengine.bench.evaluation.cluster import on_ray
 
             gpus = 1.0 if self.setup["device"] == "cuda" else 0.0
-            answers = on_ray(what, jobs, self.plan.jobs or None, self.plan.ray, gpus=gpus)
+            answers = on_ray(what, jobs, min(self.plan.jobs or count, count), self.plan.ray, gpus=gpus)
         elif self.plan.jobs > 1 and count > 1 and shared:
             answers = pool.in_processes(what, jobs, min(self.plan.jobs, count))
         else:

@@ -7,13 +7,13 @@ from statistics import fmean
 
 from ddengine.bench.evaluation.markup import Html, h
 from ddengine.bench.evaluation.plots import Spread, spreads, trade
-from ddengine.bench.evaluation.tables import NAMES, columns, shown
+from ddengine.bench.evaluation.tables import NAMES, SCORED, all_scored, columns, counts, coverage, scored, shown
 from ddengine.bench.evaluation.view import Facts, edited, known_cells, main_row, ranking, value_of
 
 
 def results(facts: Facts) -> Html:
-    """Every row's figures, the best of the edits marked, the paper's beside ours."""
-    wanted = columns(facts)
+    """Every row's figures, the best of the edits marked, the paper's beside ours, and of how many samples they are."""
+    wanted, whole = columns(facts), all_scored(facts)
     better = {figure["name"]: figure["better"] for figure in facts["figures"]}
     drawn = facts["suite"] == "scenes"
     groups, seconds, last = [h("th", "")], [h("th", "row", scope="col")], ""
@@ -27,21 +27,31 @@ def results(facts: Facts) -> Html:
         first = " first" if figure != last else ""
         seconds.append(h("th", words.get(kind, kind), scope="col", class_=first.strip() or None))
         last = figure
-    best = {
-        (figure, kind): (max if better[figure] == "higher" else min)(values)
-        for figure, kind, _ in wanted
-        if kind != "paper" and len(values := known_cells(facts, figure, kind)) > 1
-    }
+    if not whole:
+        groups.append(h("th", "samples", class_="group first"))
+        seconds.append(h("th", SCORED, scope="col", class_="first"))
+    best: dict[tuple[str, str], tuple[float, int]] = {}
+    for figure, kind, _ in wanted:
+        each = [facts["rows"][name]["cells"][figure] for name in edited(facts)]
+        most = max((cell["samples"] for cell in each), default=0)
+        # A row of fewer samples than others may have lost its worst: it is never the best.
+        values = [cell[kind] for cell in each if cell[kind] is not None and cell["samples"] == most]
+        if kind != "paper" and len(values) > 1:
+            best[figure, kind] = (max if better[figure] == "higher" else min)(values), most
     lines = []
     for name, row in facts["rows"].items():
         cells, last = [], ""
         for figure, kind, digits in wanted:
             value = row["cells"][figure][kind]
             style = {"paper": "paper", "published": "", "per_image": "" if drawn else "minor"}.get(kind, "minor")
-            if row["config"] is not None and value is not None and value == best.get((figure, kind)):
+            held = (value, row["cells"][figure]["samples"])
+            if row["config"] is not None and held == best.get((figure, kind)):
                 style = "best"
             cells.append(h("td", shown(value, digits), class_=f"{style}{' first' if figure != last else ''}".strip()))
             last = figure
+        if not whole:
+            short = any(count < facts["samples"] for count in counts(facts, name).values())
+            cells.append(h("td", scored(facts, name), class_="first short" if short else "first"))
         place = "reference" if row["config"] is None else "main" if name == main_row(facts) else None
         about = [" ", h("small", row["about"])] if row["about"] else None
         lines.append(h("tr", h("th", name, about, scope="row"), cells, class_=place))
@@ -55,6 +65,7 @@ def results(facts: Facts) -> Html:
         )
     if facts["paper"]:
         says += f" The paper's figures are its own, not measured here ({facts['paper']})."
+    says = f"{says} {coverage(facts)}".rstrip()
     return h("section", h("h2", "Results"), h("p", says, class_="say"), h("div", table, class_="wide"), id="results")
 
 

@@ -89,6 +89,7 @@ def columns(facts: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return found
 
 
+SCORED = "scored"  # the heading of how many samples a row is of, shown where it is not all of them
 TITLES = {"published": "", "per_image": "per image", "median": "median", "paper": "paper"}
 NAMES = {"goal_gain": "goal gain", "distance": "distance", "psnr_outside": "PSNR outside, dB", "MD": "MD, px"}
 
@@ -102,15 +103,49 @@ def title(figure: str, kind: str, suite: str) -> str:
     return f"{name} {TITLES[kind]}".strip()
 
 
+def scored(facts: Mapping[str, Any], row: str) -> str:
+    """How many of the samples a row's figures are of: "58 of 60", by figure where they differ; "-" without figures."""
+    found = counts(facts, row)
+    if len(set(found.values())) > 1:
+        names = {figure: NAMES.get(figure, figure.replace("_", " ")).partition(",")[0] for figure in found}
+        return ", ".join(f"{names[figure]} {count}" for figure, count in found.items()) + f" of {facts['samples']}"
+    return f"{next(iter(found.values()))} of {facts['samples']}" if found else "-"
+
+
+def all_scored(facts: Mapping[str, Any]) -> bool:
+    """Whether every row's figures are of all samples, but for figures that no row has."""
+    return all(count == facts["samples"] for row in facts["rows"] for count in counts(facts, row).values())
+
+
+def coverage(facts: Mapping[str, Any]) -> str:
+    """What a reader of the table must know of the samples that a row lacks, in sentences; "" without any figure."""
+    if not any(counts(facts, row) for row in facts["rows"]):
+        return ""
+    if all_scored(facts):
+        return f"Every row is of all {facts['samples']} samples."
+    return (
+        "A row is of the samples that it scored: one that failed or could not be judged is left out of the row, not "
+        "counted as a bad one. A row that fails where others do badly looks better than it is."
+    )
+
+
+def counts(facts: Mapping[str, Any], row: str) -> dict[str, int]:
+    """Scored samples by figure, of the figures that any row has."""
+    names = [figure["name"] for figure in facts["figures"]]
+    known = [name for name in names if any(each["cells"][name]["samples"] for each in facts["rows"].values())]
+    return {name: facts["rows"][row]["cells"][name]["samples"] for name in known}
+
+
 def markdown(facts: Mapping[str, Any]) -> str:
-    """The table as Markdown, as the documents have it."""
-    wanted = columns(facts)
-    heads = [title(figure, kind, facts["suite"]) for figure, kind, _ in wanted]
+    """The table as Markdown, as the documents have it; below it what it means that rows lack samples, if some do."""
+    wanted, whole = columns(facts), all_scored(facts)
+    heads = [title(figure, kind, facts["suite"]) for figure, kind, _ in wanted] + ([] if whole else [SCORED])
     lines = [f"| row | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for name, row in facts["rows"].items():
         figures = [shown(row["cells"][figure][kind], digits) for figure, kind, digits in wanted]
+        figures += [] if whole else [scored(facts, name)]
         lines.append(f"| {name} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([] if whole else ["", coverage(facts)])])
 
 
 def terminal(facts: Mapping[str, Any]) -> str:
@@ -124,17 +159,20 @@ def terminal(facts: Mapping[str, Any]) -> str:
 
     table = Table(box=box.SIMPLE_HEAD, title=None)
     table.add_column("row")
-    wanted = columns(facts)
+    wanted, whole = columns(facts), all_scored(facts)
     for figure, kind, _ in wanted:
         better = {"higher": "↑", "lower": "↓"}[next(f["better"] for f in facts["figures"] if f["name"] == figure)]
         arrow = f" {better}" if kind in ("published", "per_image") else ""
         table.add_column(title(figure, kind, facts["suite"]) + arrow, justify="right")
+    if not whole:
+        table.add_column(SCORED, justify="right")
     for name, row in facts["rows"].items():
-        table.add_row(Text(name), *(shown(row["cells"][f][kind], digits) for f, kind, digits in wanted))
+        cells = [shown(row["cells"][f][kind], digits) for f, kind, digits in wanted]
+        table.add_row(Text(name), *cells, *([] if whole else [scored(facts, name)]))
     out = StringIO()
-    Console(file=out, width=max(100, 14 * len(wanted) + 24), color_system=None).print(table)
+    Console(file=out, width=max(100, 14 * len(wanted) + 44), color_system=None).print(table)
     lines = [f"{facts['title']}: {facts['samples']} samples", "\n".join(x.rstrip() for x in out.getvalue().split("\n"))]
-    lines = [line.strip("\n") for line in lines]
+    lines = [line.strip("\n") for line in [*lines, *filter(None, [coverage(facts)])]]
     lines += [f"empty: {name}: {why}" for name, why in facts["missing"].items()]
     lines += [f"left out: {name}: {why}" for name, why in facts["left_out"].items()]
     lines += [f"note: {note}" for note in facts["notes"]]

@@ -93,10 +93,9 @@ class Editor:
 
 @dataclass(frozen=True)
 class Judge:
-    """Which networks judge, by folders of weights; `open` loads them. figures: the suite's names."""
+    """Which networks judge a suite's edits, by folders of weights; `open` loads them."""
 
     suite: str
-    figures: tuple[str, ...]
     folders: Mapping[str, str]
     device: str = "auto"
     threads: int | None = None
@@ -109,7 +108,7 @@ class Judge:
         from ddengine.metrics.judges import load_judges
 
         judges = load_judges(**self.folders, device=self.device)
-        return lambda job: _judge_published(judges, self.figures, job)
+        return lambda job: _judge_published(judges, job)
 
 
 def _edits(engine: Engine, job: EditJob) -> Iterator[Outcome]:
@@ -178,7 +177,7 @@ def _judge_scenes(job: JudgeJob) -> Iterator[Outcome]:
             yield Outcome(row, {}, error=describe(error))
 
 
-def _judge_published(judges: Any, figures: Sequence[str], job: JudgeJob) -> Iterator[Outcome]:
+def _judge_published(judges: Any, job: JudgeJob) -> Iterator[Outcome]:
     from ddengine.image import read_image
 
     for row, result in job.results.items():

@@ -9,6 +9,7 @@ import pytest
 
 from ddengine.bench.evaluation import tables
 from ddengine.bench.evaluation.rows import plan_rows
+from ddengine.bench.evaluation.sheet import pictures_of
 from ddengine.bench.evaluation.suites import DISTANCE, GAIN, PSNR, read_suite
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,6 +25,13 @@ def facts() -> dict:
 def test_the_table_is_the_results(document: str, facts: dict) -> None:
     text, table = (ROOT / document).read_text(encoding="utf-8"), tables.markdown(facts)
     assert table in text, f"{document} lacks\n{table}"
+
+
+def test_the_contact_sheet_shows_the_results_edits(facts: dict) -> None:
+    shown = pictures_of(ROOT / "docs" / "quality" / "contact.png")
+    assert list(shown) == list(facts["edits"])[:6]
+    for sample, rows in shown.items():
+        assert rows == {row: facts["edits"][sample]["rows"][row]["picture"] for row in ("baseline", "+SM+RG+LWF")}
 
 
 def test_the_result_is_its_edits(facts: dict) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ddengine.bench.evaluation import pool
 from ddengine.bench.evaluation.folder import EDIT, PICTURE
 from ddengine.bench.evaluation.plan import Plan, Progress
 from ddengine.bench.evaluation.rows import plan_rows
-from ddengine.bench.evaluation.run import evaluate
+from ddengine.bench.evaluation.run import evaluate, worker_options
 from ddengine.bench.evaluation.suites import read_suite
 from ddengine.errors import InputError
 
@@ -114,6 +116,44 @@ def test_a_set_that_cannot_be_read_any_more_fails_by_sample(plan: Plan, shifter,
         ("land_scape/c", "paper"),
         ("land_scape/c", "unedited"),
     }
+
+
+def test_workers_load_what_this_process_did(plan: Plan, shifter, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("W").mkdir()
+    Path("embedded").mkdir()
+    engine = shifter.load()
+    asked = {"model": "W", "vae": None, "device": "auto", "dtype": "auto", "backend": "auto", "size": 96}
+    assert worker_options(asked, engine, far=False) == {**asked, "device": "cpu", "dtype": "float32"}
+    engine.model.device, engine.model.dtype = torch.device("cuda:1"), torch.float16
+    here, far = (worker_options(asked, engine, far=far) for far in (False, True))
+    assert (here["device"], here["dtype"], here["model"]) == ("cuda:1", "float16", "W")
+    assert (far["device"], far["dtype"], far["model"]) == ("cuda", "float16", tmp_path / "W")
+    assert worker_options({"model": "embedded"}, engine, far=True)["model"] == "embedded"
+    # And that is what they are given, to edit as to judge.
+    given = []
+
+    def pooled(what, jobs, count):
+        given.append(what)
+        return pool.here(what.open(), jobs)
+
+    monkeypatch.setattr(pool, "in_processes", pooled)
+    evaluate(replace(plan, jobs=2, engine={"device": "auto"}, weights={"clip": tmp_path}))
+    editor, judge = given
+    assert (editor.options["device"], editor.options["dtype"], judge.device) == ("cpu", "float32", "cpu")
+
+
+def test_edits_that_ran_on_different_backends_are_told_of(plan: Plan, shifter, monkeypatch) -> None:
+    edit, backends = shifter.edit, iter(["eager", "compile"] * 3)
+
+    def mixed(self, *given, **options):
+        return replace(edit(self, *given, **options), backend={"drag": next(backends), "decode": "eager"})
+
+    monkeypatch.setattr(shifter, "edit", mixed)
+    one = replace(plan, rows=plan.rows[:1])
+    assert [note for note in evaluate(one)["notes"] if "backend" in note] == [
+        "the drag of some edits ran on compile, of others on eager: not the same was built for all; name a --backend"
+    ]
 
 
 def real(folder: Path, data: Path, **more) -> Plan:

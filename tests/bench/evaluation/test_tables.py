@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddengine.bench.evaluation import tables
+from ddengine.bench.evaluation import sections, tables
 from ddengine.bench.evaluation.suites import CLIP, DAI, GAIN, IF, MD, PSNR
 from ddengine.metrics.judges import NOT_GIVEN
 
@@ -63,3 +63,38 @@ def test_the_documents_table_of_scenes():
         "| --- | --- | --- | --- |",
         "| default | 0.40 | 0.20 | 30.4 |",
     ]
+
+
+def lacking():
+    """Three samples, the hardest of which a row failed at; a fourth could not be read."""
+    values = {"a": 0.1, "b": 0.2, "c": 0.9}
+    judged = {k: {"figures": {"goal_gain": v, "psnr_outside": 30 + 4 * v}} for k, v in values.items()}
+    facts = result("scenes", (GAIN, PSNR), judged, ("whole",))
+    less = {k: judged[k] for k in "bc"}
+    facts["rows"]["flattered"] = {"cells": tables.cells("scenes", "flattered", (GAIN, PSNR), less)}
+    return facts | {"samples": 4}
+
+
+def test_a_row_that_lacks_samples_says_so_beside_its_figures():
+    facts = lacking()
+    lines = tables.markdown(facts).split("\n")
+    assert lines[0].endswith("| PSNR outside, dB | scored |") and lines[1].count("---") == 5
+    assert lines[2:4] == ["| whole | 0.40 | 0.20 | 31.6 | 3 of 4 |", "| flattered | 0.55 | 0.55 | 32.2 | 2 of 4 |"]
+    assert "left out of the row, not counted as a bad one" in lines[-1]
+    text = tables.terminal(facts)
+    assert "3 of 4" in text and "2 of 4" in text and lines[-1] in text
+    page = str(sections.results({**facts, "paper": "", "rows": {
+        name: {**row, "config": {}, "about": ""} for name, row in facts["rows"].items()
+    }}))  # fmt: skip
+    assert ">scored</th>" in page and 'short">2 of 4</td>' in page and lines[-1] in page
+    assert 'class="best' not in page  # the row of two samples leads by having lost the third
+    facts["rows"]["flattered"]["cells"]["psnr_outside"]["samples"] = 1
+    assert tables.scored(facts, "flattered") == "goal gain 2, PSNR outside 1 of 4"
+
+
+def test_a_table_of_all_samples_has_no_such_column_and_says_that():
+    facts = lacking() | {"samples": 3}
+    del facts["rows"]["flattered"]
+    assert "scored" not in tables.markdown(facts) and "Every row is of all 3 samples." in tables.terminal(facts)
+    empty = result("dragbench", (CLIP,), JUDGED)
+    assert tables.coverage(empty) == "" and tables.scored(empty, "default") == "-" and tables.all_scored(empty)
