@@ -110,6 +110,12 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "it said nothing")
 
 
+_PATHS = re.compile(
+    r"(?P<address>\b(?!file:)[A-Za-z][\w+.-]*://[^\s'\"]+)"  # stays whole: its slashes are no folders of this machine
+    r"|(?:\bfile://)?(?<![\w.])/(?:[^/\s'\"]+/)+"
+)
+
+
 def plain(text: str) -> str:
-    """A message with the folders of this machine cut out of its paths."""
-    return re.sub(r"(?<![\w.])/(?:[^/\s'\"]+/)+", "", text)
+    """A message with the folders of this machine cut out of its paths; addresses stay as they are."""
+    return _PATHS.sub(lambda found: found["address"] or "", text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import inspect
 import sys
 import time
@@ -23,12 +22,15 @@ HERE = Path(__file__).resolve().parent
 
 
 class Host:
-    """An edit's order and its measures. `seconds` by stage and `counts` are of the edit that runs."""
+    """An edit's order and its measures. `seconds` by stage and `counts` are of the edit that runs.
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    load_file: a module from its path, under a name; the process has loaded this very file by it.
+    """
+
+    def __init__(self, job: dict[str, Any], load_file: Callable[[Path, str], ModuleType]) -> None:
         import torch
 
-        self.job = job
+        self.job, self._load_file = job, load_file
         self.checkout = Path(job["checkout"]) if job["checkout"] else None
         self.device = torch.device(job["device"])
         self.alone = self.device.type == "cpu" and job["threads"] == 1
@@ -122,16 +124,15 @@ class Host:
         if text not in self.notes:
             self.notes.append(text)
 
-    @staticmethod
-    def sibling(name: str) -> ModuleType:
+    def sibling(self, name: str) -> ModuleType:
         """A module beside this file."""
         full = f"_peers_{name}"
-        return sys.modules[full] if full in sys.modules else load_file(HERE / f"{name}.py", full)
+        return sys.modules[full] if full in sys.modules else self._load_file(HERE / f"{name}.py", full)
 
     def load(self, path: str, name: str) -> ModuleType:
         """A module of the checkout by its file."""
         assert self.checkout is not None
-        return load_file(self.checkout / path, name)
+        return self._load_file(self.checkout / path, name)
 
     def picture(self) -> Any:
         """The picture, uint8 [H, W, 3]."""
@@ -155,16 +156,6 @@ class Host:
         """The settings of an edit, kept for the report."""
         self.settings = settings
         return settings
-
-
-def load_file(path: Path, name: str) -> ModuleType:
-    """A module from a file."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:

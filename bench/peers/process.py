@@ -142,7 +142,8 @@ def main() -> None:
         try:
             if host is None or adapter is None:
                 adapter = load_file(adapter_file, "_peer_adapter")
-                host = load_file(HERE / "host.py", "_peers_host").Host(json.loads(job_file.read_text(encoding="utf-8")))
+                job = json.loads(job_file.read_text(encoding="utf-8"))
+                host = load_file(HERE / "host.py", "_peers_host").Host(job, load_file)
                 facts = start(host, adapter)
             else:
                 facts = work(host, adapter, order)

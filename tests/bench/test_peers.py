@@ -260,6 +260,10 @@ def test_the_derived_mask_is_where_the_soft_mask_is_above_one_half() -> None:
 def test_messages_lose_the_folders_of_a_machine() -> None:
     assert plain("cannot open /home/me/some-where/model.py: gone") == "cannot open model.py: gone"
     assert plain("No module named 'cv2' (1/2)") == "No module named 'cv2' (1/2)"
+    for address in ("https://example.org/a-/b/c.html", "http://127.0.0.1:80/x/y/", "s3://bucket/some/key"):
+        words = f"see '{address}' or {address}, not /home/me/a/b.py"
+        assert plain(words) == f"see '{address}' or {address}, not b.py"
+    assert plain("cannot load file:///home/me/w/model.bin") == "cannot load model.bin"
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, order: Order) -> None:

@@ -10,38 +10,83 @@ import torch
 from ddengine.bench import timer
 
 
-def test_calls_take_turns_and_sleep_is_measured() -> None:
+class Clock:
+    """Stands for the module time: a clock on the wall that calls move on, and one of the processor's that stays."""
+
+    def __init__(self) -> None:
+        self.wall = self.busy = 5.0
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.busy
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """No other program on the machine lengthens what it shows."""
+    clock = Clock()
+    monkeypatch.setattr(timer, "time", clock)
+    return clock
+
+
+def test_calls_take_turns_and_their_time_is_measured(clock: Clock) -> None:
     order: list[str] = []
 
     def sleeper(name: str, seconds: float):
         def call() -> None:
             order.append(name)
-            time.sleep(seconds)
+            clock.wall += seconds * (1 + len(order) % 3)
 
         return call
 
-    found = timer.measure({"short": sleeper("short", 0.002), "long": sleeper("long", 0.006)}, seconds=0, fewest=5)
-    assert order[-4:] == ["short", "long", "short", "long"]
+    found = timer.measure({"short": sleeper("short", 0.002), "long": sleeper("long", 0.006)}, seconds=0, fewest=6)
+    assert order[-4:] == ["short", "long", "short", "long"] and len(order) == 2 * 2 + 2 * 6
     for name, least in (("short", 0.002), ("long", 0.006)):
         timing = found[name]
-        assert least <= timing.p20 <= timing.median <= timing.p80 and timing.samples == 5 and timing.clock == "host"
-    assert found["short"].median < found["long"].median
+        assert (timing.p20, timing.median, timing.p80) == pytest.approx((least, 2 * least, 3 * least), abs=1e-9)
+        assert timing.samples == 6 and timing.clock == "host"
 
 
-def test_quick_calls_are_repeated_until_the_clock_can_tell() -> None:
+def test_quick_calls_are_repeated_until_the_clock_can_tell(clock: Clock) -> None:
     count = 0
 
     def call() -> None:
         nonlocal count
         count += 1
+        clock.wall += 4e-6
 
     timing = timer.measure({"call": call}, seconds=0, fewest=3)["call"]
-    assert count > 100 and timing.median < 1e-4
+    # A call to warm up, one to tell how many there are to a millisecond, then as many for each sample.
+    assert count - 2 in range(3 * 250, 3 * 251 + 1)
+    assert timing.median == pytest.approx(4e-6, rel=1e-6)
 
 
-def test_processor_time_leaves_out_what_others_do() -> None:
-    timing = timer.measure({"waits": lambda: time.sleep(0.01)}, seconds=0, fewest=3, processor=True)["waits"]
-    assert timing.median < 0.005 and timing.clock == "processor time"
+def test_samples_fill_the_seconds_that_there_are(clock: Clock) -> None:
+    def call() -> None:
+        clock.wall += 0.01
+
+    for seconds, samples in ((0.02, 5), (0.2, 20), (99.0, 30)):
+        assert timer.measure({"call": call}, seconds=seconds, fewest=5, most=30)["call"].samples == pytest.approx(
+            samples, abs=1
+        )
+
+
+def test_processor_time_leaves_out_what_others_do(clock: Clock) -> None:
+    def call() -> None:
+        clock.wall += 0.01
+        clock.busy += 0.002
+
+    timing = timer.measure({"waits": call}, seconds=0, fewest=3, processor=True)["waits"]
+    assert timing.median == pytest.approx(0.002) and timing.clock == "processor time"
+
+
+def test_the_clock_is_the_hosts() -> None:
+    """The real one: what sleeps takes at least that long, and none of the processor's time to speak of."""
+    calls = {"sleeps": lambda: time.sleep(0.02)}
+    assert timer.measure(calls, seconds=0, fewest=3)["sleeps"].p20 >= 0.02
+    assert timer.measure(calls, seconds=0, fewest=3, processor=True)["sleeps"].median < 0.02
 
 
 def test_the_summary_is_by_percentiles() -> None:
