@@ -22,6 +22,10 @@ from ddengine.bench.service import Running, running
 from ddengine.client import Client, RemoteEdit, ServiceError
 
 LONG: dict[str, Any] = {"config": "fast"}  # seconds of dragging
+LASTING: dict[str, Any] = {"settings": {"n_inference_step": 100, "inversion_strength": 1.0}}  # ten seconds
+HEAD_S = 2.0  # in which a request's headers must have come
+DRAIN_S = 2.0  # of a service that stops before its edit has ended
+SILENT = 100  # connections without a whole request
 STAGES = ("encode", "invert", "reference", "warp", "drag", "denoise")
 PATIENCE_S = 120.0
 
@@ -29,9 +33,8 @@ PATIENCE_S = 120.0
 def measure(*, ray: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
     """Make every fault in turn; what came of each, in the order of the table."""
     found: dict[str, Any] = {}
-    with running(
-        "--queue", "2", "--progress-s", "0", "--body-bytes", str(1 << 20), "--drain-s", "60", ray=ray
-    ) as service:
+    options = ("--queue", "2", "--progress-s", "0", "--body-bytes", str(1 << 20), "--head-s", str(HEAD_S))
+    with running(*options, "--drain-s", "60", ray=ray) as service:
         with service.client(retries=8) as client:
             first = _pixels(client)
             faults: dict[str, Callable[[Running, Client], dict[str, Any]]] = {
@@ -40,6 +43,7 @@ def measure(*, ray: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
                 "deadline": _deadline,
                 "queue full": _queue_full,
                 "hostile": _hostile,
+                "half a request": _half_a_request,
                 **({"worker killed": _worker_killed} if ray else {}),
             }
             for name, fault in faults.items():
@@ -48,6 +52,9 @@ def measure(*, ray: bool = False, say: Say = lambda _: None) -> dict[str, Any]:
                 say(f"  {name}: {found[name]}")
         found["stopped"] = _stopped(service)
         say(f"  stopped: {found['stopped']}")
+    with running(*options, "--drain-s", str(DRAIN_S), ray=ray) as service:
+        found["stopped late"] = {"drain_s": DRAIN_S, **_stopped(service)}
+        say(f"  stopped late: {found['stopped late']}")
     return found
 
 
@@ -99,10 +106,10 @@ def _client_gone(service: Running, client: Client) -> dict[str, Any]:
 def _deadline(service: Running, client: Client) -> dict[str, Any]:
     """An edit that takes longer than it may."""
     began = time.perf_counter()
-    code, _ = _refusal(lambda: client.edit(picture(), [JOBS[0]], deadline_s=1.0, **LONG))
+    error = _error(lambda: client.edit(picture(), [JOBS[0]], deadline_s=1.0, **LONG))
     seconds = time.perf_counter() - began
     _idle(client)
-    return {"code": code, "seconds": seconds, "deadline_s": 1.0}
+    return {"code": _named(error), "seconds": seconds, "deadline_s": 1.0}
 
 
 def _queue_full(service: Running, client: Client) -> dict[str, Any]:
@@ -110,12 +117,12 @@ def _queue_full(service: Running, client: Client) -> dict[str, Any]:
     edits = [client.submit(picture(), [JOBS[0]], **LONG) for _ in range(3)]
     with service.client() as impatient:
         began = time.perf_counter()
-        code, retry_s = _refusal(lambda: impatient.edit(picture(), [JOBS[0]], **EDIT))
+        error = _error(lambda: impatient.edit(picture(), [JOBS[0]], **EDIT))
         seconds = time.perf_counter() - began
     for edit in edits:
         edit.cancel()
     _idle(client)
-    return {"code": code, "seconds": seconds, "retry_after_s": retry_s}
+    return {"code": _named(error), "seconds": seconds, "retry_after_s": None if error is None else error.retry_s}
 
 
 def _hostile(service: Running, client: Client) -> dict[str, Any]:
@@ -149,47 +156,90 @@ def _worker_killed(service: Running, client: Client) -> dict[str, Any]:
             break
     os.kill(service.workers()[0], signal.SIGKILL)
     began = time.perf_counter()
-    code, retry_s = _refusal(edit.result)
+    error = _error(edit.result)
     told = time.perf_counter() - began
-    _until(lambda: _works(client))
-    return {"code": code, "seconds": told, "retry_after_s": retry_s, "next_s": time.perf_counter() - began}
+    _until(lambda: _error(lambda: _pixels(client)) is None)
+    retry_s = None if error is None else error.retry_s
+    return {"code": _named(error), "seconds": told, "retry_after_s": retry_s, "next_s": time.perf_counter() - began}
+
+
+def _half_a_request(service: Running, client: Client) -> dict[str, Any]:
+    """Connections that begin a request and never end it: what others wait meanwhile, and when they are closed."""
+    at = urlsplit(service.url)
+    began = time.perf_counter()
+    many = [socket.create_connection((str(at.hostname), at.port or 80), timeout=30) for _ in range(SILENT)]
+    for one in many:
+        one.sendall(b"POST /v1/edits HTTP/1.1\r\nHost: localhost\r\n")
+    asked = time.perf_counter()
+    status = httpx.get(f"{service.url}/v2/health/ready", timeout=60).status_code
+    answered_s = time.perf_counter() - asked
+    left = list(many)
+    while left and time.perf_counter() - began < HEAD_S + 10:
+        time.sleep(0.01)
+        left = [one for one in left if not _closed(one)]
+    seconds = time.perf_counter() - began
+    for one in many:
+        one.close()
+    return {
+        "connections": SILENT, "ready": status, "ready_within_s": answered_s, "head_s": HEAD_S,
+        "closed": SILENT - len(left), "seconds": seconds,
+    }  # fmt: skip
+
+
+def _closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1 << 16) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def _stopped(service: Running) -> dict[str, Any]:
-    """SIGTERM while an edit runs: the edit ends, a new one is refused, the process leaves."""
-    outcome: list[str] = []
+    """SIGTERM while an edit runs: how that ends, what new requests are told as soon as it is known, when it leaves."""
+    outcome: list[ServiceError | None] = []
 
     def work() -> None:
         with service.client() as client:
-            try:
-                client.edit(picture(), [JOBS[0]], **LONG)
-                outcome.append("ok")
-            except ServiceError as error:
-                outcome.append(error.code)
+            outcome.append(_error(lambda: client.edit(picture(), [JOBS[0]], **LASTING)))
 
     thread = threading.Thread(target=work)
     with service.client() as client:
         thread.start()
         _until(lambda: _number(client, "running") == 1)
         service.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        refused, _ = _refusal(lambda: client.edit(picture(), [JOBS[0]], **EDIT))
+        began = time.perf_counter()
+        _until(lambda: _ready(service)["state"] == "draining")
+        draining_s, status = time.perf_counter() - began, _ready(service)["status"]
+        refused = _error(lambda: client.edit(picture(), [JOBS[0]], **EDIT))
     thread.join(PATIENCE_S)
-    began = time.perf_counter()
+    ended_s = time.perf_counter() - began
     code = service.process.wait(PATIENCE_S)
-    return {"running_edit": outcome[0], "new_edit": refused, "exit_code": code, "exit_s": time.perf_counter() - began}
+    return {
+        "ready": status, "draining_s": draining_s, "running_edit": _named(outcome[0]), "running_s": ended_s,
+        "new_edit": _named(refused), "retry_after_s": None if refused is None else refused.retry_s,
+        "exit_code": code, "exit_s": time.perf_counter() - began,
+    }  # fmt: skip
 
 
-def _refusal(call: Callable[[], object]) -> tuple[str, float | None]:
+def _ready(service: Running) -> dict[str, Any]:
+    """What the service says of itself on a connection of its own, and with which status."""
+    answer = httpx.get(f"{service.url}/v2/health/ready", timeout=60)
+    return {**answer.json(), "status": answer.status_code}
+
+
+def _error(call: Callable[[], object]) -> ServiceError | None:
     try:
         call()
     except ServiceError as error:
-        return error.code, error.retry_s
-    return "ok", None
+        return error
+    return None
 
 
-def _works(client: Client) -> bool:
-    return _refusal(lambda: _pixels(client))[0] == "ok"
+def _named(error: ServiceError | None) -> str:
+    """The HTTP status and code of an answer; status 0: there was none, nobody could be reached."""
+    return "200 ok" if error is None else f"{error.status} {error.code}"
 
 
 def _number(client: Client, name: str) -> float:
@@ -249,7 +299,9 @@ def text(facts: dict[str, Any]) -> str:
         "deadline of 1 s": lambda one: f"`{one['deadline']['code']}` after {one['deadline']['seconds']:.2f} s",
         "queue full": _said_full,
         "worker killed mid-edit (SIGKILL)": _said_killed,
-        "SIGTERM mid-edit": _said_stopped,
+        f"{SILENT} connections with half a request, `--head-s {HEAD_S:g}`": _said_half,
+        "SIGTERM mid-edit": lambda one: _said_stopped(one["stopped"]),
+        f"the same, `--drain-s {DRAIN_S:g}`": lambda one: _said_stopped(one["stopped late"]),
         "the next edit, after each of these": _said_next,
     }
     lines += [f"| {name} | " + " | ".join(say(facts[key]) for key in shown) + " |" for name, say in rows.items()]
@@ -281,10 +333,18 @@ def _said_killed(one: dict[str, Any]) -> str:
     return f"{told}; an edit succeeds again after {found['next_s']:.0f} s"
 
 
-def _said_stopped(one: dict[str, Any]) -> str:
-    found = one["stopped"]
+def _said_half(one: dict[str, Any]) -> str:
+    found = one["half a request"]
+    told = f"`{found['ready']}` for readiness within {found['ready_within_s'] * 1e3:.0f} ms"
+    if found["closed"] == found["connections"]:
+        return f"{told}; all closed after {found['seconds']:.1f} s"
+    return f"{told}; {found['closed']} closed within {found['seconds']:.0f} s"
+
+
+def _said_stopped(found: dict[str, Any]) -> str:
     return (
-        f"the edit ends ({found['running_edit']}), a new one gets `{found['new_edit']}`, exit code {found['exit_code']}"
+        f"the edit ends (`{found['running_edit']}`) after {found['running_s']:.1f} s, readiness is `{found['ready']}`, "
+        f"a new one gets `{found['new_edit']}`; exit code {found['exit_code']} after {found['exit_s']:.1f} s"
     )
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Points = tuple[tuple[float, float], ...]
 
 LONGEST_WAIT_S = 60.0  # before another try, whatever the service asks for
+MARGIN_S = 30.0  # beyond an edit's deadline in which the service's answer must have come
 _AGAIN = (429, 503)
 _LOST = {"unavailable", "busy", "out_of_memory"}  # codes of an edit that failed for the service's reasons
 
@@ -121,16 +122,18 @@ class Client:
         retries: int = 4,
         http: httpx.Client | None = None,
     ) -> None:
-        """key: the service's API key. timeout: seconds without a word from it. retries: further tries of a request
-        that it was too busy for, or whose connection broke; each waits as long as it asks. http: an httpx.Client of
-        your own, which stays yours. Raises BackendUnavailable without httpx.
+        """key: the service's API key. timeout: seconds without a word from it, more where an edit's own deadline is
+        later. retries: further tries of a request that it was too busy for, or whose connection broke; each waits as
+        long as it asks. What was sent whole and not answered in time is not sent again: it would run twice. http: an
+        httpx.Client of your own, which stays yours. Raises BackendUnavailable without httpx.
         """
         try:
             import httpx
         except ImportError as error:
             raise BackendUnavailable('the client needs httpx; install it: pip install "ddengine[serve]"') from error
+        self._httpx: Any = httpx
         self._errors = httpx.TransportError
-        self._retries, self._own = retries, http is None
+        self._retries, self._own, self._timeout = retries, http is None, timeout
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._http = http or httpx.Client(base_url=url, timeout=httpx.Timeout(timeout, connect=10.0))
 
@@ -295,6 +298,10 @@ class Client:
     ) -> httpx.Response:
         """One request, tried again where the service says later or the connection breaks; ServiceError."""
         sent: dict[str, Any] = {"headers": {**self._headers, **(headers or {})}}
+        if method == "POST":  # answered when the edit has ended
+            usual, deadline_s = self._http.timeout, (body or {}).get("deadline_s", 0.0)
+            read = None if usual.read is None else max(self._timeout, deadline_s + MARGIN_S)
+            sent["timeout"] = self._httpx.Timeout(**{**usual.as_dict(), "read": read})
         if picture is not None:
             text = json.dumps(body).encode()
             sent["files"] = {"picture": ("picture.png", picture, "image/png"), part: (None, text, "application/json")}
@@ -304,6 +311,11 @@ class Client:
             try:
                 response = self._http.request(method, path, **sent)
             except self._errors as error:
+                if method == "POST" and isinstance(error, self._httpx.ReadTimeout):
+                    raise ServiceError(
+                        f"the service gave no answer within {read:g} s; allow a longer timeout, or submit() the edit",
+                        "deadline",
+                    ) from error
                 failure = _unreachable(error)
             else:
                 if response.status_code in expected:

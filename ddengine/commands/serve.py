@@ -31,7 +31,9 @@ def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option("--key-file", type=FILE, help="API keys, one a line. [default: DDENGINE_API_KEY, if set]")
-@click.option("--name", "names", multiple=True, help="Further name that Host headers may have. Repeatable.")
+@click.option(
+    "--name", "names", multiple=True, help="Further name that Host headers may have where no key is set. Repeatable."
+)
 @weights_options
 @size_option
 @engine_options

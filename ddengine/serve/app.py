@@ -12,7 +12,6 @@ from ddengine.serve import edits, health, inference, sources_api
 from ddengine.serve.contract import Workers
 from ddengine.serve.errors import handle
 from ddengine.serve.guard import Guard
-from ddengine.serve.ids import Ids
 from ddengine.serve.keys import LOOPBACK, check_keys
 from ddengine.serve.limits import Limits
 from ddengine.serve.openapi import describe
@@ -26,21 +25,20 @@ def create_app(
     *,
     hosts: Sequence[str] | None = LOOPBACK,
     name: str = "ddengine",
-    secret: bytes | None = None,
     close_workers: bool = True,
 ) -> FastAPI:
     """An application over workers; with its lifespan it drains, and closes them unless told not to.
 
     key: the API key, or several, without which nothing but the health checks is answered; needed wherever others than
     this machine can connect (whoever binds the address sees to that: `check_bind`). hosts: names that Host headers may
-    have, None for any; the default is what browsers on this machine use, so that no name of another site leads here.
-    name: the model's name in the Open Inference Protocol. secret: what applications share that are to recognise each
-    other's source ids. Raises InputError for a key that is too short.
+    have where there is no key, None for any; the default is what browsers on this machine use, so that no name of
+    another site leads here. name: the model's name in the Open Inference Protocol. Raises InputError for a key that is
+    too short.
     """
     keys = (key,) if isinstance(key, str) else tuple(key or ())
     check_keys(keys)
     limits = limits or Limits()
-    service = Service(workers, limits, name, keys, None if hosts is None else tuple(hosts), Ids(secret))
+    service = Service(workers, limits, name, keys, None if hosts is None else tuple(hosts))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

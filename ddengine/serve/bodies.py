@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ddengine.serve.faults import Fault
@@ -16,11 +17,11 @@ JSON_BYTES = 1 << 20  # of a request's JSON: read in one go by the event loop
 
 class _InMemory(MultiPartParser):
     spool_max_size = 1 << 40  # Guard bounds the whole body: no part of it becomes a file
+    ended = False  # whether the last boundary has come
 
-    def close(self) -> None:
-        """Let go of all parts, those too that were cut off and never came into the form."""
-        for file in self._files_to_close_on_error:
-            file.close()
+    def on_end(self) -> None:
+        super().on_end()
+        self.ended = True
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ async def read_form(request: Request, json_part: str) -> Form:
         raise Fault(
             "unsupported_media", f"send multipart/form-data with the parts picture and {json_part}, or application/json"
         )
-    parser = None
+    form = None
     try:
-        parser = _InMemory(request.headers, request.stream(), max_files=2, max_fields=2, max_part_size=JSON_BYTES)
-        form = await parser.parse()
+        form = await _parsed(request)
         found: dict[str, bytes] = {}
         for name, part in form.multi_items():
             if name not in ("picture", json_part):
@@ -56,9 +56,22 @@ async def read_form(request: Request, json_part: str) -> Form:
     except (KeyError, ValueError, UnicodeError) as error:  # a boundary that is missing, names that cannot be read
         raise Fault("bad_request", "the multipart body is broken") from error
     finally:
-        if parser is not None:
-            parser.close()
+        if form is not None:
+            await form.close()
     return Form(found.get("picture"), _checked(found.get(json_part)))
+
+
+async def _parsed(request: Request) -> FormData:
+    """A multipart body that came whole; MultiPartException."""
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+        if not parser.ended:
+            raise MultiPartException("It ends before its last boundary.")  # raised here, the parser closes its parts
+
+    parser = _InMemory(request.headers, whole(), max_files=2, max_fields=2, max_part_size=JSON_BYTES)
+    return await parser.parse()
 
 
 def _checked(data: bytes | None) -> bytes | None:

@@ -13,6 +13,9 @@ from typing import Any, Protocol, TypeAlias
 
 Pair: TypeAlias = tuple[tuple[float, float], tuple[float, float]]  # handle and target, (x, y) in pixels of the picture
 
+# What `timings` may hold seconds of: the engine's stages, and all of an edit.
+STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode", "total")
+
 # What can go wrong, and the HTTP status that says so. `Failed.code` and the code in every error body is one of these.
 STATUS: Mapping[str, int] = {
     "bad_request": 400,  # not readable: broken JSON, a broken multipart body, a header that makes no sense
@@ -33,7 +36,7 @@ STATUS: Mapping[str, int] = {
     "busy": 429,  # queue full
     "client_gone": 499,  # in the logs and metrics alone: nobody is there to be told
     "internal": 500,
-    "unavailable": 503,  # not ready, draining, a lost or poisoned worker
+    "unavailable": 503,  # not ready, draining, too many requests at once, a lost or poisoned worker
     "out_of_memory": 503,
     "deadline": 504,
 }
@@ -178,10 +181,6 @@ class Workers(Protocol):
 
     def prepare(self, job: PrepareJob) -> AsyncIterator[Event]:
         """Prepare a source and keep it where the edits that name it will run."""
-        ...
-
-    async def cancel(self, job_id: str) -> bool:
-        """Cancel a job by its id; False if no such job waits or runs."""
         ...
 
     async def forget(self, source: str) -> bool:

@@ -1,8 +1,9 @@
 """The program that decodes pictures for the service (`python -m ddengine.serve.decoder`), one after the other.
 
 A process of its own, with little memory: a decoder that hangs is killed, one that crashes takes nothing with it. On
-stdin and stdout, for each picture: lengths of a JSON object and of bytes (two big-endian uint32), then both. In: the
-limit of pixels, and the file's bytes. Out: {"size"} with pixels and colour profile, or {"error"}.
+stdin and stdout: lengths of a JSON object and of bytes (two big-endian uint32), then both. Out, once it can decode:
+{"ready"}. Then for each picture, in: the limit of pixels, and the file's bytes; out: {"size"} with pixels and colour
+profile, or {"error"}.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def main(pixels: int) -> None:
     """Serve stdin until it ends."""
     _little_memory(pixels)
     file, to = sys.stdin.buffer, sys.stdout.buffer
+    write(to, {"ready": True})
     while True:
         try:
             facts, data = read(file)

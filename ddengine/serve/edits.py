@@ -69,13 +69,9 @@ async def start(
     service, owner = service_of(request), owner_of(request)
     media = media_for(request.headers.get("accept", "*/*"))
     detached = in_background or "respond-async" in (prefer or "").lower()
-    slot = service.jobs.reserve()
-    try:
+    with service.jobs.reserve() as slot:
         job = await _job(request, service, owner, key, slot)
-    except BaseException:
-        slot.free()
-        raise
-    request.scope["ddengine.facts"] = {"edit": job.id}
+    request.scope["ddengine.facts"] = job.facts
     if detached:
         job.detached = True
         return JSONResponse(_body(job), 202, {"Location": f"/v1/edits/{job.id}"})
@@ -83,7 +79,7 @@ async def start(
     return await _answer(job, media)
 
 
-@router.get("/{edit_id}", response_model=EditOut, responses=errors(401, 403, 404, 410, 421, 422))
+@router.get("/{edit_id}", response_model=EditOut, responses=errors(401, 403, 404, 410, 421, 422, 503))
 async def state(request: Request, edit_id: str = EditId) -> Response:
     """Where an edit stands, or how it ended; 404 for an edit that never was, 410 for one that is not kept any more."""
     return JSONResponse(_body(_found(request, edit_id)))
@@ -114,7 +110,7 @@ async def picture(request: Request, edit_id: str = EditId) -> Response:
             "description": "server-sent events queued, progress, done and failed, each with a number as its id",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
-        **errors(401, 403, 404, 410, 421, 422),
+        **errors(401, 403, 404, 410, 421, 422, 503),
     },
 )
 async def events(
@@ -128,7 +124,7 @@ async def events(
     return StreamingResponse(_stream(job, after), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
-@router.delete("/{edit_id}", response_model=EditOut, responses=errors(401, 403, 404, 410, 421, 422))
+@router.delete("/{edit_id}", response_model=EditOut, responses=errors(401, 403, 404, 410, 421, 422, 503))
 async def cancel(request: Request, edit_id: str = EditId) -> Response:
     """Cancel an edit: at once where it waits, at the engine's next step where it runs. An ended one stays as it is."""
     job = _found(request, edit_id)
@@ -146,7 +142,7 @@ async def _job(request: Request, service: Service, owner: str, key: str | None, 
     if (form.picture is None) == (asked.source is None):
         raise Fault("invalid", "send a picture or name a source, one of the two")
     deadline_s = service.check(asked)
-    fingerprint = _fingerprint(form.picture, asked)
+    fingerprint = b"" if key is None else await service.aside(_fingerprint, form.picture, asked)
     if key is not None and (known := service.jobs.known(owner, key, fingerprint)) is not None:
         slot.free()
         return known
@@ -252,7 +248,7 @@ def _step(at: Step) -> StepOut:
 
 async def _stream(job: Job, after: int) -> AsyncIterator[str]:
     events = job.follow(after)
-    following = asyncio.ensure_future(anext_(events))
+    following = asyncio.ensure_future(_next(events))
     try:
         while True:
             done, _ = await asyncio.wait({following}, timeout=_HEARTBEAT_S)
@@ -267,12 +263,12 @@ async def _stream(job: Job, after: int) -> AsyncIterator[str]:
             yield f"id: {number}\nevent: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
             if isinstance(event, FINAL):
                 return
-            following = asyncio.ensure_future(anext_(events))
+            following = asyncio.ensure_future(_next(events))
     finally:
         following.cancel()
 
 
-async def anext_(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] | None:
+async def _next(events: AsyncIterator[tuple[int, Event]]) -> tuple[int, Event] | None:
     async for found in events:
         return found
     return None

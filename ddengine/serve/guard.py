@@ -17,10 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ddengine.serve.faults import Fault
 from ddengine.serve.logs import request_id
 from ddengine.serve.service import Service, digest
+from ddengine.serve.waiting import within
 
 log = logging.getLogger("ddengine.serve.access")
 
-OPEN = ("/v2/health/live", "/v2/health/ready")  # without a key: for whoever starts and stops the process
+OPEN = ("/v2/health/live", "/v2/health/ready")  # without key, name or place: for whoever starts and stops the process
+ADMITTED = "ddengine.admitted"  # in the scope of a request that has been let in
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _HEADERS = (
@@ -38,6 +40,7 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self._keys = tuple((key.encode(), digest(key)) for key in service.keys)
+        self._admitted = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -60,20 +63,27 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
+        places = 0
         try:
             try:
                 self._check(scope, headers)
+                places = self._admit(scope)
                 await self.app(scope, self._bounded(receive), answer)
             except Fault as fault:
                 await self._refuse(fault, scope, answer)
             except ClientDisconnect:
                 await self._refuse(Fault("client_gone", "the client has gone"), scope, answer)
+            except asyncio.CancelledError:
+                if status or not self.service.jobs.draining:
+                    raise
+                await self._refuse(Fault("unavailable", "the service is being stopped", 5), scope, answer)
             except Exception:
                 log.exception("a request failed")
                 if status:
                     raise  # half an answer is out: the server has to hang up
                 await self._refuse(Fault("internal", "the service failed; its log says why"), scope, answer)
         finally:
+            self._admitted -= places
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.answered(route, status)
             facts = {
@@ -87,15 +97,15 @@ class Guard:
             request_id.reset(token)
 
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
-        service = self.service
-        host = _name(headers.get("host", ""))
-        if service.hosts is not None and host not in service.hosts:
-            raise Fault("host_not_allowed", "this server does not answer to that Host")
-        origin = headers.get("origin")
-        # A page of another site can send a form here from its reader's browser. It cannot send a key.
-        if origin is not None and not self._keys and origin.partition("://")[2] != headers.get("host"):
-            raise Fault("origin_not_allowed", "requests of other sites' pages are refused")
-        if self._keys and scope["path"] not in OPEN:
+        service, is_open = self.service, scope["path"] in OPEN
+        if not self._keys:  # what a page of another site may do from its reader's browser; it cannot send a key
+            # Under a name of its own for this machine's address. Probes call the open paths by an address.
+            if not is_open and service.hosts is not None and _name(headers.get("host", "")) not in service.hosts:
+                raise Fault("host_not_allowed", "this server does not answer to that Host")
+            origin = headers.get("origin")
+            if origin is not None and origin.partition("://")[2] != headers.get("host"):
+                raise Fault("origin_not_allowed", "requests of other sites' pages are refused")
+        elif not is_open:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             # All keys are compared, each in constant time.
             found = [owner for mine, owner in self._keys if hmac.compare_digest(mine, key.strip().encode("latin-1"))]
@@ -107,6 +117,17 @@ class Guard:
             raise Fault("bad_request", "Content-Length is not a number")
         if int(length) > service.limits.body_bytes:
             raise too_large(service.limits.body_bytes)
+
+    def _admit(self, scope: Scope) -> int:
+        """How many places a checked request takes; Fault unavailable where there are too few."""
+        if scope["path"] in OPEN:
+            return 0
+        most = self.service.limits.connections
+        if self._admitted >= most:
+            raise Fault("unavailable", f"{most} requests are being answered, which is the limit; try again later", 1)
+        scope[ADMITTED] = True
+        self._admitted += 1
+        return 1
 
     async def _refuse(self, fault: Fault, scope: Scope, send: Send) -> None:
         """Answer with a fault; outside the application, whose own handlers do this for its routes."""
@@ -127,7 +148,7 @@ class Guard:
             if ended:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(until - time.monotonic(), 0.001))
+                message: Message = await within(receive(), max(until - time.monotonic(), 0.001))
             except (asyncio.TimeoutError, TimeoutError) as error:
                 raise Fault("body_timeout", f"the body did not arrive within {limits.body_s:g} s") from error
             size += len(message.get("body", b""))

@@ -34,13 +34,13 @@ class Server(BaseModel):
     extensions: list[str]
 
 
-@router.get("/v2", tags=["inference"], response_model=Server, responses=errors(401, 403, 421, protocol=True))
+@router.get("/v2", tags=["inference"], response_model=Server, responses=errors(401, 403, 421, 503, protocol=True))
 async def server() -> Any:
     """What this server is."""
     return Server(name="ddengine", version=__version__, extensions=["binary_tensor_data"])
 
 
-@router.get("/v2/health/live", tags=["health"], response_model=Live, responses=errors(403, 421, protocol=True))
+@router.get("/v2/health/live", tags=["health"], response_model=Live, responses=errors(403, protocol=True))
 async def live() -> Any:
     """Whether the process answers."""
     return Live(live=True)
@@ -50,7 +50,7 @@ async def live() -> Any:
     "/v2/health/ready",
     tags=["health"],
     response_model=Ready,
-    responses={503: {"model": Ready, "description": "not ready"}, **errors(403, 421, protocol=True)},
+    responses={503: {"model": Ready, "description": "not ready"}, **errors(403, protocol=True)},
 )
 async def ready(request: Request) -> Response:
     """Whether edits are taken: 200 once the model is loaded and a first edit has passed, 503 otherwise."""
@@ -70,7 +70,7 @@ async def readiness(request: Request) -> Ready:
     "/metrics",
     tags=["health"],
     response_class=PlainTextResponse,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors(401, 403, 421)},
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors(401, 403, 421, 503)},
 )
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""

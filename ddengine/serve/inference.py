@@ -12,19 +12,19 @@ from pydantic import BaseModel, ValidationError
 
 from ddengine.errors import InputError
 from ddengine.image import read_image
-from ddengine.serve.contract import Edited, EditJob, Failed, Picture
+from ddengine.serve.contract import STAGES, Edited, EditJob, Picture
 from ddengine.serve.errors import errors
 from ddengine.serve.faults import Fault
 from ddengine.serve.health import readiness
 from ddengine.serve.jobs import Slot
 from ddengine.serve.pictures import decoded_png, from_pil
-from ddengine.serve.schemas import EditIn, read_json
-from ddengine.serve.service import Service, owner_of, service_of, unless_gone
-from ddengine.serve.tensors import InferIn, answer, read_tensors, split
+from ddengine.serve.schemas import EditIn, ProtocolError, read_json
+from ddengine.serve.service import Service, outcome, owner_of, service_of
+from ddengine.serve.tensors import JSON_VALUES, InferIn, answer, read_tensors, split
 
 router = APIRouter(prefix="/v2/models", tags=["inference"])
 
-STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode", "total")
+OUTPUTS = ("image", "points", "timings")
 VERSION = "1"
 ModelName = Path(max_length=128, description="the model's name")
 
@@ -50,7 +50,7 @@ class ModelReady(BaseModel):
     ready: bool
 
 
-@router.get("/{name}", response_model=Model, responses=errors(401, 403, 404, 421, 422, protocol=True))
+@router.get("/{name}", response_model=Model, responses=errors(401, 403, 404, 421, 422, 503, protocol=True))
 async def model(request: Request, name: str = ModelName) -> Any:
     """The model's tensors: an RGB picture, drags as x, y of handle and target; points are where the handles ended."""
     _check(request, name)
@@ -75,7 +75,7 @@ async def model(request: Request, name: str = ModelName) -> Any:
     "/{name}/ready",
     response_model=ModelReady,
     responses={
-        503: {"model": ModelReady, "description": "not ready"},
+        503: {"model": ModelReady | ProtocolError, "description": "not ready"},
         **errors(401, 403, 404, 421, 422, protocol=True),
     },
 )
@@ -111,18 +111,12 @@ async def infer(
     name: str = ModelName,
     header: str | None = Header(None, alias="Inference-Header-Content-Length", description="bytes of the JSON part"),
 ) -> Response:
-    """One edit: inputs image [H, W, 3], drags [n, 4] and, if wanted, seed [1]; a large picture best as binary data."""
+    """One edit: inputs image [H, W, 3], drags [n, 4] and, if wanted, seed [1]; a large picture only as binary data."""
     _check(request, name)
     service = service_of(request)
-    slot = service.jobs.reserve()
-    try:
-        body = await request.body()
-        asked, job = await asyncio.to_thread(_read, service, body, header, owner_of(request))
-        final, png = await _edited(request, service, slot, job)
-    except BaseException:
-        slot.free()
-        raise
-    request.scope["ddengine.facts"] = {"edit": job.id}
+    with service.jobs.reserve() as slot:
+        asked, work = await service.aside(_read, service, await request.body(), header, owner_of(request))
+        final, png = await _edited(request, service, slot, work)
     text, length = await asyncio.to_thread(_tensors, asked, final, png, name)
     if length is None:
         return Response(text, media_type="application/json")
@@ -146,6 +140,12 @@ def _read(service: Service, body: bytes, header: str | None, owner: str) -> tupl
     pixels, drags = found["image"], found["drags"]
     if pixels.shape[0] * pixels.shape[1] > service.limits.pixels:
         raise Fault("too_large", f"the image has more than {service.limits.pixels} pixels; scale it down")
+    if _as_binary(asked).get("image") is False and pixels.size > JSON_VALUES:
+        raise Fault(
+            "too_large",
+            f"the image has {pixels.size} values, as JSON it may have {JSON_VALUES}; ask for it as binary data "
+            f"(binary_data_output)",
+        )
     if drags.shape[1] != 4:
         raise Fault("invalid", f"drags has {drags.shape[1]} columns; it needs x, y of the handle and of the target")
     if drags.shape[0] > service.limits.points:
@@ -170,9 +170,18 @@ def _read(service: Service, body: bytes, header: str | None, owner: str) -> tupl
         raise Fault("invalid", str(error.errors(include_url=False)[0]["msg"])[:600]) from error
     deadline_s = service.check(form)
     pairs_in = tuple((drag.handle, drag.target) for drag in form.drags)
-    return asked, EditJob(
+    # The edit can take a while: what was read goes without its tensors.
+    return asked.model_copy(update={"inputs": []}), EditJob(
         service.ids.new("edt", owner), pairs_in, picture, config=form.config, seed=form.seed, deadline_s=deadline_s
     )
+
+
+def _as_binary(asked: InferIn) -> dict[str, bool]:
+    """The outputs that are asked for, and whether as binary data."""
+    by_default = asked.parameters.get("binary_data_output") is True
+    if asked.outputs is None:
+        return dict.fromkeys(OUTPUTS, by_default)
+    return {one.name: one.parameters.get("binary_data", by_default) is True for one in asked.outputs}
 
 
 async def _edited(request: Request, service: Service, slot: Slot, work: EditJob) -> tuple[Edited, bytes]:
@@ -180,12 +189,8 @@ async def _edited(request: Request, service: Service, slot: Slot, work: EditJob)
     job = service.jobs.start(
         work.id, "edit", owner_of(request), slot, lambda: service.workers.edit(work), work.deadline_s
     )
-    try:
-        final = await unless_gone(request, job.ended)
-    finally:
-        job.cancel("client_gone", "the client has gone")
-    if isinstance(final, Failed):
-        raise Fault.of(final)
+    request.scope["ddengine.facts"] = job.facts
+    final = await outcome(request, job)
     assert isinstance(final, Edited)
     return final, job.png
 
@@ -199,11 +204,7 @@ def _tensors(asked: InferIn, final: Edited, png: bytes, name: str) -> tuple[byte
         "points": (np.array(final.handles, "<f4").reshape(-1, 2), {}),
         "timings": (seconds, {"stages": ",".join(STAGES)}),
     }
-    wanted = asked.outputs
-    chosen: dict[str, Any] = outputs if wanted is None else {one.name: outputs[one.name] for one in wanted}
-    by_default = asked.parameters.get("binary_data_output") is True
-    binary = dict.fromkeys(chosen, by_default)
-    for one in wanted or ():
-        binary[one.name] = one.parameters.get("binary_data", by_default) is True
+    binary = _as_binary(asked)
+    chosen = {wanted: outputs[wanted] for wanted in binary}
     facts = {"model_name": name, "model_version": VERSION, **({} if asked.id is None else {"id": asked.id})}
     return answer(facts, chosen, binary)

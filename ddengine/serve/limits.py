@@ -20,6 +20,7 @@ class Limits:
 
     # Of one request.
     body_bytes: int = _limit(16 << 20, 1 << 10, 1 << 32, "bytes of a request's body")
+    head_s: float = _limit(10.0, 0.05, 3600, "seconds in which a connection must have sent a request's headers")
     body_s: float = _limit(30.0, 0.05, 3600, "seconds in which a body must have arrived")
     pixels: int = _limit(16_000_000, 4096, 64_000_000, "pixels of a picture, by its header")
     decode_s: float = _limit(10.0, 0.05, 600, "seconds of decoding a picture; a decoder that takes longer is killed")
@@ -36,7 +37,7 @@ class Limits:
     queue: int = _limit(16, 0, 10_000, "jobs that wait; the next one is told to come back later")
     concurrency: int = _limit(1, 1, 1024, "jobs that run at once: the number of workers")
     batch: int = _limit(1, 1, 64, "same-shape edits that may run as one where the backend takes several at once")
-    connections: int = _limit(256, 1, 100_000, "open connections")
+    connections: int = _limit(256, 1, 100_000, "requests answered at once, and open connections that wait for one")
     drain_s: float = _limit(30.0, 0, 3600, "seconds that jobs get to end in when the service is stopped")
 
     # Of what is kept.

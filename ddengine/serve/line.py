@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from ddengine.serve.sources import Sources
 if TYPE_CHECKING:
     from ddengine.engine import Engine
     from ddengine.source import Source
+
+log = logging.getLogger(__name__)
 
 Emit = Callable[[Event], None]
 
@@ -47,6 +50,18 @@ class Entry:
     ends: float | None  # of time.monotonic
     came: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    ended: bool = False
+
+    def end(self, final: Event) -> None:
+        """Emit the final event; whoever has had one gets no other."""
+        if not self.ended:
+            self.ended = True
+            self.emit(final)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a log line about this job carries: its id, under the name that the application's lines have for it."""
+        return {"edit" if isinstance(self.job, EditJob) else "source": self.job.id}
 
     def stopped(self) -> Cancelled | None:
         """Why the job is not to go on, None where it is."""
@@ -103,16 +118,20 @@ def settled(
 
 def takes_several(engine: Engine, prompt: str) -> bool:
     """Whether a batch gains anything: a program of a fixed shape takes one picture, or would have to be built anew."""
-    if engine.backend.name not in ("auto", "eager"):
-        return False
     try:
-        return engine.passes(prompt).any_batch
+        return engine.backend.name in ("auto", "eager") and engine.passes(prompt).any_batch
     except DDEngineError:  # a prompt, where there is no text encoder: its edit will say so
         return False
+    except Exception:
+        log.exception("edits run one by one")
+        return False
 
 
-def batch_key(engine: Engine, entry: Entry) -> tuple[Any, ...]:
-    """Edits with equal keys may run in one batch."""
-    is_picture = isinstance(entry.image, Image.Image)
-    spaces = spaces_for(entry.image, engine.model.size, entry.config) if is_picture else entry.image.spaces
+def batch_key(engine: Engine, entry: Entry) -> tuple[Any, ...] | None:
+    """Edits with equal keys may run in one batch; None for one that runs alone, whose run will say what is wrong."""
+    try:
+        is_picture = isinstance(entry.image, Image.Image)
+        spaces = spaces_for(entry.image, engine.model.size, entry.config) if is_picture else entry.image.spaces
+    except Exception:
+        return None
     return spaces.work_size, entry.config, entry.prompt, entry.seed

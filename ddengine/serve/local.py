@@ -59,9 +59,8 @@ class LocalWorkers:
         finally:
             if not ended:
                 self.worker.cancel(job.id)
-
-    async def cancel(self, job_id: str) -> bool:
-        return self.worker.cancel(job_id)
+                if isinstance(job, PrepareJob):  # it may be there already: nobody will ever name it
+                    self.worker.forget(job.source)
 
     async def forget(self, source: str) -> bool:
         return self.worker.forget(source)

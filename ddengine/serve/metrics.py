@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from ddengine.serve.contract import STATUS, Edited, Event, Failed, Prepared, Stats
+from ddengine.serve.contract import STAGES, STATUS, Edited, Event, Failed, Prepared, Stats
 
-_STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode", "total")
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -58,7 +57,7 @@ class Metrics:
         self._edits.labels(kind).observe(seconds)
         if isinstance(final, (Edited, Prepared)):
             self._waits.observe(final.waited_s)
-            for stage in _STAGES:
+            for stage in STAGES:
                 if final.timings.get(stage, 0) > 0:
                     self._stages.labels(stage).observe(final.timings[stage])
 

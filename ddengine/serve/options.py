@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddengine.errors import InputError
-from ddengine.serve.keys import LOOPBACK, check_bind, check_keys, is_loopback
+from ddengine.serve.keys import LOOPBACK, check_bind, check_keys
 from ddengine.serve.limits import Limits
 
 if TYPE_CHECKING:
@@ -52,18 +52,15 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()  # further names that Host headers may have
-    model_name: str = "ddengine"
+    names: tuple[str, ...] = ()  # further names that Host headers may have where there is no key
 
     def __post_init__(self) -> None:
         check_keys(self.keys)
         check_bind(self.host, self.keys)
 
     @property
-    def hosts(self) -> tuple[str, ...] | None:
-        """Names that Host headers may have; None, any, where others may connect and no names were given."""
-        if not is_loopback(self.host) and not self.names:
-            return None
+    def hosts(self) -> tuple[str, ...]:
+        """Names that Host headers may have where there is no key."""
         return (*LOOPBACK, self.host.lower(), *(name.lower() for name in self.names))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -19,6 +21,11 @@ from ddengine.serve.contract import Picture
 from ddengine.serve.faults import Fault
 from ddengine.serve.header import MAX_SCANS, format_of, scans_of, size_of
 from ddengine.serve.limits import Limits
+
+log = logging.getLogger(__name__)
+
+_COMMAND = [sys.executable, "-m", decoder.__name__]
+_START_S = 60.0  # that a decoding process may take to start, which is not part of decoding
 
 # What a decoding process needs to start; keys and tokens stay here.
 _ENVIRONMENT = (
@@ -46,18 +53,9 @@ class Intake:
         self._closed = False
 
     def read(self, data: bytes) -> Picture:
-        """A file's bytes as a checked picture; `Fault` unsupported_media, too_large or invalid. Blocks."""
+        """A file's bytes as a checked picture; `Fault` unsupported_media, too_large, invalid or unavailable. Blocks."""
         self.check(data)
-        process = self._take()
-        try:
-            facts, pixels = process.ask({"pixels": self.limits.pixels}, data, self.limits.decode_s)
-        except _Killed as error:
-            process.close()
-            raise Fault("invalid", f"the picture was not decoded within {self.limits.decode_s:g} s") from error
-        except (EOFError, OSError, ValueError) as error:
-            process.close()
-            raise Fault("invalid", "the picture cannot be decoded; save it again") from error
-        self._give(process)
+        facts, pixels = self._decoded(data)
         if "error" in facts:
             raise Fault("invalid", str(facts["error"]))
         width, height = facts["size"]
@@ -65,7 +63,8 @@ class Intake:
 
     def warm(self) -> None:
         """Start a process before the first picture comes; does not wait for it."""
-        self._give(self._take())
+        with suppress(Fault):  # logged; the first picture tries again
+            self._give(self._take())
 
     def check(self, data: bytes) -> None:
         """What the first bytes tell, before any decoder sees them."""
@@ -90,11 +89,45 @@ class Intake:
             process.close()
         self.threads.shutdown(wait=False, cancel_futures=True)
 
+    def _decoded(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+        """What a decoder answers. One that ends may have done so for reasons of its own: another one is asked, once."""
+        for last in (False, True):
+            process = self._started() if last else self._take()
+            try:
+                process.await_start(_START_S)
+            except (_Late, _Ended) as error:
+                process.close()
+                raise _not_started(error) from error
+            try:
+                answer = process.ask({"pixels": self.limits.pixels}, data, self.limits.decode_s)
+            except _Late as error:
+                process.close()
+                raise Fault("invalid", f"the picture was not decoded within {self.limits.decode_s:g} s") from error
+            except _Ended as error:
+                process.close()
+                if last:
+                    raise Fault("invalid", "the picture cannot be decoded; save it again") from error
+                continue
+            self._give(process)
+            return answer
+        raise AssertionError("unreachable")
+
     def _take(self) -> _Process:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return _Process(self.limits.pixels)
+        """A decoder that waits for a picture, or a new one."""
+        while True:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None:
+                return self._started()
+            if process.runs:
+                return process
+            process.close()
+
+    def _started(self) -> _Process:
+        try:
+            return _Process(self.limits.pixels)
+        except OSError as error:
+            raise _not_started(error) from error
 
     def _give(self, process: _Process) -> None:
         with self._lock:
@@ -104,23 +137,52 @@ class Intake:
         process.close()
 
 
-class _Killed(Exception):
-    pass
+class _Late(Exception):
+    """It took too long, and the process was killed."""
+
+
+class _Ended(Exception):
+    """The process has ended, or does not make sense."""
+
+
+def _not_started(error: Exception) -> Fault:
+    log.error("no process to decode pictures can be started", exc_info=error)
+    return Fault("unavailable", "no picture can be decoded just now; try again later", 5)
 
 
 class _Process:
     def __init__(self, pixels: int) -> None:
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment = {**kept, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._waits = False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", decoder.__name__, str(pixels)],
+            [*_COMMAND, str(pixels)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
         )
 
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def await_start(self, seconds: float) -> None:
+        """Wait until it takes pictures; _Late, _Ended."""
+        if not self._waits:
+            with self._within(seconds) as (_, stdout):
+                decoder.read(stdout)
+            self._waits = True
+
     def ask(self, facts: dict[str, int], data: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
+        """Its answer to a picture; _Late, _Ended."""
+        with self._within(seconds) as (stdin, stdout):
+            decoder.write(stdin, dict(facts), data)
+            return decoder.read(stdout)
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+        """Its stdin and stdout, for so many seconds: then it is killed."""
         killed = threading.Event()
 
         def kill() -> None:
@@ -131,13 +193,9 @@ class _Process:
         timer.daemon = True
         timer.start()
         try:
-            stdin, stdout = self._pipes()
-            decoder.write(stdin, dict(facts), data)
-            return decoder.read(stdout)
+            yield self._pipes()
         except (EOFError, OSError, ValueError) as error:
-            if killed.is_set():
-                raise _Killed from error
-            raise
+            raise (_Late if killed.is_set() else _Ended)(f"exit code {self._process.poll()}") from error
         finally:
             timer.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -13,26 +14,45 @@ import uvicorn
 
 from ddengine.errors import InputError, ModelError
 from ddengine.serve.app import create_app
+from ddengine.serve.connections import bounded as bounded_connections
 from ddengine.serve.local import LocalWorkers
 from ddengine.serve.options import ServeOptions
 from ddengine.serve.service import Service
 
+ANSWERED_S = 3  # that clients get to take their answers in once no job is left
+
 
 class _Server(uvicorn.Server):
-    """Takes no more jobs from the moment a signal comes or the worker is lost; uvicorn then waits for what is open."""
+    """Goes on listening, and refusing new jobs, while those there end; only then it stops as uvicorn's do.
+
+    That is so from the first signal on, or once the worker is lost. A second signal ends it at once: jobs that still
+    run are cancelled, and whoever waits for one is told so.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, lost: threading.Event) -> None:
         super().__init__(config)
         self._service, self._lost = service, lost
+        self._told = False
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._told:
+            super().handle_exit(sig, frame)
+        self._told = self._service.jobs.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._lost.is_set():
-            self._service.jobs.draining = self.should_exit = True
+            self._service.jobs.draining = True
+        if self._service.jobs.draining:
+            self._drain = self._drain or asyncio.get_running_loop().create_task(self._service.drain())
+            self.should_exit = self.should_exit or self._drain.done()
         return await super().on_tick(counter)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.jobs.draining = True
-        super().handle_exit(sig, frame)
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._drain is not None:
+            self._drain.cancel()
+        await self._service.jobs.drain(0)
+        await super().shutdown(sockets)
 
 
 def run(options: ServeOptions, listening: Callable[[str], object] | None = None) -> None:
@@ -48,7 +68,7 @@ def run(options: ServeOptions, listening: Callable[[str], object] | None = None)
     try:
         lost = threading.Event()
         workers = LocalWorkers.start(options.engine.load, limits, lost=lost.set)
-        app = create_app(workers, limits, options.keys, hosts=options.hosts, name=options.model_name)
+        app = create_app(workers, limits, options.keys, hosts=options.hosts)
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -57,15 +77,17 @@ def run(options: ServeOptions, listening: Callable[[str], object] | None = None)
             proxy_headers=False,
             ws="none",
             lifespan="on",
-            limit_concurrency=limits.connections,
-            timeout_graceful_shutdown=int(limits.drain_s) + 1,
+            http=bounded_connections(limits),
+            backlog=max(1, limits.connections // 2),  # taken at once: fewer than may wait, so that each is heard first
+            timeout_graceful_shutdown=ANSWERED_S,
         )
-        sock.listen(min(limits.connections, 128))  # who comes before the loop runs waits for it
+        server = _Server(config, app.state.service, lost)
+        sock.listen(config.backlog)  # who comes before the loop runs waits for it
         if listening is not None:
             host, port = sock.getsockname()[:2]
             listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        with _raised_again():
-            _Server(config, app.state.service, lost).run([sock])
+        with _signals(server):
+            server.run([sock])
         if lost.is_set():
             raise ModelError(f"the worker was lost: {workers.worker.readiness().reason}; start the service again")
     finally:
@@ -73,12 +95,12 @@ def run(options: ServeOptions, listening: Callable[[str], object] | None = None)
 
 
 @contextmanager
-def _raised_again() -> Iterator[None]:
-    """Where uvicorn raises the signal that it stopped for once more, nothing happens: the service has ended well."""
+def _signals(server: _Server) -> Iterator[None]:
+    """Signals are the server's before uvicorn takes them over, and when it raises them once more at its end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

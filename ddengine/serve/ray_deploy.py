@@ -32,7 +32,7 @@ from ddengine.serve.ray_workers import RayWorkers
 from ddengine.serve.service import Service
 
 NAME, FRONT, ENGINES = "ddengine", "Front", "Engines"
-SPARE = 16  # calls to a replica that are no jobs: its state, what to forget
+SPARE = 16  # calls to a replica that are no jobs: its state, what to forget; requests that are refused
 NOT_READY = "the worker does not get ready: "
 STARTING, BROKEN = ("loading", "testing"), ("failed", "poisoned")
 
@@ -134,7 +134,7 @@ def application(options: ServeOptions, deployed: Deployed | None = None) -> serv
         name=FRONT,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=limits.connections,
+        max_ongoing_requests=limits.connections + SPARE,  # Guard refuses those beyond, and answers health checks
         max_queued_requests=limits.connections,
         graceful_shutdown_timeout_s=limits.drain_s + 10,
         graceful_shutdown_wait_loop_s=0.5,
@@ -195,7 +195,7 @@ def _front(options: ServeOptions, deployed: Deployed) -> ASGIApp:
     keys = options.keys or read_keys(path, os.environ.get("DDENGINE_API_KEY"))
     options = replace(options, host=deployed.host, keys=keys)
     handle = serve.get_deployment_handle(ENGINES, serve.get_replica_context().app_name)
-    app = create_app(RayWorkers(handle), options.limits, keys, hosts=options.hosts, name=options.model_name)
+    app = create_app(RayWorkers(handle), options.limits, keys, hosts=options.hosts)
     _service = app.state.service
     return app if keys else LoopbackOnly(app)
 

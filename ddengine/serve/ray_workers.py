@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from contextvars import Context
 from typing import Any
@@ -25,6 +25,7 @@ from ddengine.serve.contract import (
     Readiness,
     Stats,
 )
+from ddengine.serve.waiting import within
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,6 @@ class RayWorkers:
         self._name: str = handle.deployment_name
         self._homes: OrderedDict[str, str] = OrderedDict()
         self._running: dict[str, Any] = {}
-        self._cancelled: set[str] = set()
         self._draining = False
         self._known: dict[str, tuple[float, list[Any]]] = {}
 
@@ -87,12 +87,12 @@ class RayWorkers:
                 yield event
         finally:
             self._running.pop(job.id, None)
-            self._cancelled.discard(job.id)
             if not ended:
                 call.cancel()
 
     async def _next(self, call: Any, job: EditJob | PrepareJob, ends: float | None) -> Event:
         """The next event of a call; what goes wrong between here and the replica is one too."""
+        facts = {"edit" if isinstance(job, EditJob) else "source": job.id}
         try:
             left = None if ends is None else max(0.0, ends - time.monotonic())
             home, event = await within(call.__anext__(), left)
@@ -106,24 +106,16 @@ class RayWorkers:
         except BackPressureError:
             return Failed("busy", "too many jobs wait for a worker; try again later", 5)
         except (RayActorError, DeploymentUnavailableError) as error:
-            log.warning("job %s lost its worker: %s", job.id, type(error).__name__)
+            log.warning("a job lost its worker: %s", type(error).__name__, extra={"facts": facts})
             return Failed("unavailable", "the worker was lost and is being replaced; send the edit again", 2)
         except (RayError, RayServeException):
-            log.exception("job %s failed on its way", job.id)
+            log.exception("a job failed on its way", extra={"facts": facts})
             return Failed("internal", "the edit failed inside the service; its log says why")
         if isinstance(event, Prepared):
             self._homes[event.source] = home
             if len(self._homes) > HOMES:
                 self._homes.popitem(last=False)
         return event
-
-    async def cancel(self, job_id: str) -> bool:
-        call = self._running.get(job_id)
-        if call is None or job_id in self._cancelled:
-            return False
-        self._cancelled.add(job_id)
-        call.cancel()
-        return True
 
     async def forget(self, source: str) -> bool:
         home = self._homes.pop(source, None)
@@ -186,18 +178,6 @@ def _apart(method: Any, *args: Any, home: str | None) -> Any:
     would wait for ever. And they are cancelled with their request, though another one may wait for the same edit.
     """
     return Context().run(method.remote, *args, home=home)
-
-
-async def within(wanted: Awaitable[Any], seconds: float | None) -> Any:
-    """asyncio.wait_for, which before Python 3.12 drops a cancellation that comes together with the result."""
-    task = asyncio.ensure_future(wanted)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        if not task.done():
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()
 
 
 async def _response(call: Any) -> Any:

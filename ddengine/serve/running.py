@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -48,9 +48,11 @@ class Runner:
                 final = self._prepare(engine, entries[0], entries[0].job, started)
             else:
                 final = self._edit(engine, entries[0], entries[0].job, started)
+            entries[0].end(final)
         except Exception as error:
-            final = self._failed(error)
-        entries[0].emit(final)
+            final = self._failed(error, entries)
+            for entry in entries:
+                entry.end(final)
 
     def _edit(self, engine: Engine, entry: Entry, job: EditJob, started: float) -> Event:
         entry.check()
@@ -80,6 +82,9 @@ class Runner:
         nbytes = source.nbytes.total
         if not self._sources.put(job.source, source, nbytes):
             return Failed("too_large", f"the prepared picture takes {nbytes} bytes, the limit is {limits.source_bytes}")
+        if (stopped := entry.stopped()) is not None:  # meanwhile: nobody will ever name it
+            self._sources.drop(job.source)
+            raise stopped
         passes = {stage: dict(counts) for stage, counts in source.passes.items()}
         facts = (*source.image.size, nbytes, limits.source_s, dict(source.timings), passes)
         return Prepared(job.source, *facts, waited_s=started - entry.came)
@@ -92,7 +97,7 @@ class Runner:
             for entry in list(alive):
                 if (error := entry.stopped()) is not None:
                     alive.remove(entry)
-                    entry.emit(self._failed(error))
+                    entry.end(self._failed(error, [entry]))
             if not alive:
                 raise Cancelled("nobody waits for the batch")
 
@@ -117,12 +122,7 @@ class Runner:
         except Cancelled:
             return
         except (InputError, BackendUnavailable) as error:
-            log.warning("a batch of %d is taken apart: %s", len(ready), error)
-        except Exception as error:
-            final = self._failed(error)
-            for entry in alive:
-                entry.emit(final)
-            return
+            log.warning("a batch of %d is taken apart: %s", len(ready), error, extra={"facts": facts_of(ready)})
         if not results:  # outside the handler, so that the failed batch's tensors are let go
             for entry in alive:
                 self.run(engine, [entry])
@@ -131,7 +131,7 @@ class Runner:
             self.batches, self.batched = self.batches + 1, self.batched + len(ready)
         for entry, result in zip(ready, results, strict=True):
             if entry in alive:
-                entry.emit(_edited(result, started - entry.came, len(ready)))
+                entry.end(_edited(result, started - entry.came, len(ready)))
 
     def _teller(self, entry: Entry, previews: bool) -> Callable[[Progress], None]:
         """Tells an entry's owner its progress, not too often."""
@@ -152,7 +152,7 @@ class Runner:
 
         return tell
 
-    def _failed(self, error: Exception) -> Failed:
+    def _failed(self, error: Exception, entries: Sequence[Entry]) -> Failed:
         if isinstance(error, Late):
             return Failed("deadline", str(error))
         if isinstance(error, Cancelled):
@@ -164,15 +164,20 @@ class Runner:
         if isinstance(error, (InputError, ModelError)):  # of a loaded model: that it cannot take a prompt
             return Failed("invalid", line_of(error))
         if isinstance(error, BackendUnavailable):
-            log.error("nothing built for a request: %s", error)
+            log.error("nothing built for a request: %s", error, extra={"facts": facts_of(entries)})
             return Failed("invalid", "this service has nothing built for pictures of this shape; send another size")
         if _is_fault(error):
             self._faulty(error)
             return FAULTY
-        log.error("an edit failed", exc_info=error)
+        log.error("an edit failed", exc_info=error, extra={"facts": facts_of(entries)})
         if isinstance(error, DDEngineError):
             return Failed("internal", line_of(error))
         return Failed("internal", "the edit failed inside the service; its log says why")
+
+
+def facts_of(entries: Sequence[Entry]) -> dict[str, Any]:
+    """What a log line about some jobs carries, so that it is found by the id that the application's lines have."""
+    return {"edits": [entry.job.id for entry in entries]} if len(entries) > 1 else dict(*(one.facts for one in entries))
 
 
 def line_of(error: BaseException) -> str:

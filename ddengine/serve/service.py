@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,10 +13,10 @@ from fastapi import Request
 
 from ddengine.config import DirectDragConfig
 from ddengine.errors import InputError
-from ddengine.serve.contract import Picture, Workers
+from ddengine.serve.contract import Edited, Failed, Picture, Prepared, Workers
 from ddengine.serve.faults import Fault
 from ddengine.serve.ids import Ids
-from ddengine.serve.jobs import Jobs
+from ddengine.serve.jobs import Job, Jobs
 from ddengine.serve.limits import Limits
 from ddengine.serve.line import settled
 from ddengine.serve.metrics import Metrics
@@ -23,6 +24,7 @@ from ddengine.serve.pictures import Intake
 from ddengine.serve.schemas import EditIn, PrepareIn
 
 Done = TypeVar("Done")
+FETCH_S = 2.0  # that a stopping service goes on for after its last job
 
 
 @dataclass
@@ -45,7 +47,15 @@ class Service:
 
     async def picture(self, data: bytes) -> Picture:
         """Checked pixels of a picture file's bytes."""
-        return await asyncio.get_running_loop().run_in_executor(self.intake.threads, self.intake.read, data)
+        return await self.aside(self.intake.read, data)
+
+    async def aside(self, work: Callable[..., Done], *args: Any) -> Done:
+        """What a function makes of something sent that may be large: as few at once as pictures are decoded."""
+        try:
+            found = asyncio.get_running_loop().run_in_executor(self.intake.threads, work, *args)
+        except RuntimeError as error:  # they have ended
+            raise Fault("unavailable", "the service is being stopped", 5) from error
+        return await found
 
     def check(self, asked: PrepareIn) -> float:
         """The deadline of a request in seconds; Fault invalid for one that goes beyond the limits."""
@@ -66,9 +76,16 @@ class Service:
         except InputError as error:
             raise Fault("invalid", str(error)[:600]) from error
 
-    async def stop(self) -> None:
-        """Drain and let go of everything but the workers."""
+    async def drain(self) -> None:
+        """Let jobs end for as long as they may; then, if time is left, whoever follows one fetches what came of it."""
+        ends, busy = time.monotonic() + self.limits.drain_s, self.jobs.open
         await self.jobs.drain(self.limits.drain_s)
+        if busy:
+            await asyncio.sleep(max(0.0, min(FETCH_S, ends - time.monotonic())))
+
+    async def stop(self) -> None:
+        """Drain, unless that has been done, and let go of everything but the workers."""
+        await self.drain()
         self.intake.close()
 
 
@@ -104,3 +121,14 @@ async def unless_gone(request: Request, wanted: Callable[[], Any]) -> Any:
     finally:
         for task in (work, gone):
             task.cancel()
+
+
+async def outcome(request: Request, job: Job) -> Edited | Prepared:
+    """What a job ends with that this request alone waits for, and that ends with it; Fault where it failed."""
+    try:
+        final: Edited | Prepared | Failed = await unless_gone(request, job.ended)
+    finally:
+        job.cancel("client_gone", "the client has gone")
+    if isinstance(final, Failed):
+        raise Fault.of(final)
+    return final

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from ddengine.serve.bodies import documented, read_form
-from ddengine.serve.contract import Failed, Prepared, PrepareJob
+from ddengine.serve.contract import Prepared, PrepareJob
 from ddengine.serve.errors import errors
 from ddengine.serve.faults import Fault
 from ddengine.serve.jobs import Slot
 from ddengine.serve.schemas import PrepareIn, SourceOut, read_json
-from ddengine.serve.service import Service, owner_of, service_of, unless_gone
+from ddengine.serve.service import Service, outcome, owner_of, service_of, unless_gone
 
 router = APIRouter(prefix="/v1/sources", tags=["sources"])
 
@@ -30,13 +30,9 @@ async def prepare(request: Request) -> Response:
     keep its n_inference_step and inversion_strength; by default they take its whole configuration.
     """
     service = service_of(request)
-    slot = service.jobs.reserve()
-    try:
+    with service.jobs.reserve() as slot:
         found = await _prepared(request, service, slot)
-    except BaseException:
-        slot.free()
-        raise
-    request.scope["ddengine.facts"] = {"nbytes": found.nbytes}
+    request.scope["ddengine.facts"]["nbytes"] = found.nbytes
     out = SourceOut(
         source=found.source,
         width=found.width,
@@ -54,7 +50,7 @@ async def prepare(request: Request) -> Response:
     "/{source}",
     status_code=204,
     response_class=Response,
-    responses={204: {"description": "it is gone"}, **errors(401, 403, 404, 410, 421, 422)},
+    responses={204: {"description": "it is gone"}, **errors(401, 403, 404, 410, 421, 422, 503)},
 )
 async def forget(request: Request, source: str = Path(max_length=128, description="a source's id")) -> Response:
     """Let go of a source; 404 for one that never was, 410 for one that is gone already."""
@@ -78,11 +74,12 @@ async def _prepared(request: Request, service: Service, slot: Slot) -> Prepared:
     job_id, source = service.ids.new("job", owner), service.ids.new("src", owner)
     work = PrepareJob(job_id, source, picture, asked.config, tuple(asked.settings.items()), asked.prompt, deadline_s)
     job = service.jobs.start(job_id, "source", owner, slot, lambda: service.workers.prepare(work), deadline_s)
+    request.scope["ddengine.facts"] = job.facts
     try:
-        final = await unless_gone(request, job.ended)
-    finally:
-        job.cancel("client_gone", "the client has gone")
-    if isinstance(final, Failed):
-        raise Fault.of(final)
+        final = await outcome(request, job)
+    except BaseException:
+        await job.ended()
+        await service.workers.forget(source)  # should it be there all the same: nobody will ever name it
+        raise
     assert isinstance(final, Prepared)
     return final

@@ -12,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ddengine.serve.faults import Fault
 
+# Pictures of 512 x 512 fit, and as numbers in text nothing much larger should come or go. A small JSON text can mean
+# many objects in memory; binary data cannot.
+JSON_BYTES = 4 << 20  # of a request's JSON part
+JSON_VALUES = 1 << 20  # of an answer's tensor in JSON
+
 TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 Parameters = dict[str, bool | int | float | str]
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -65,11 +70,18 @@ class InferOut(BaseModel):
 
 def split(body: bytes, header: str | None) -> tuple[bytes, bytes]:
     """JSON and binary part of a body, by the header Inference-Header-Content-Length; Fault."""
-    if header is None:
-        return body, b""
-    if not (header.isascii() and header.isdigit() and len(header) < 12 and int(header) <= len(body)):
+    if header is not None and not (header.isascii() and header.isdigit() and len(header) < 12):
+        raise Fault("bad_request", "Inference-Header-Content-Length is no length")
+    size = len(body) if header is None else int(header)
+    if size > len(body):
         raise Fault("bad_request", "Inference-Header-Content-Length is no length of a part of the body")
-    return body[: int(header)], body[int(header) :]
+    if size > JSON_BYTES:
+        raise Fault(
+            "too_large",
+            f"the JSON part has {size} bytes, the limit is {JSON_BYTES}; send the image as binary data behind it "
+            f"(binary_data_size)",
+        )
+    return body[:size], body[size:]
 
 
 def read_tensors(inputs: Sequence[TensorIn], binary: bytes) -> dict[str, np.ndarray]:

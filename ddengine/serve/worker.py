@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ddengine.errors import DDEngineError
@@ -13,7 +14,7 @@ from ddengine.serve.contract import EditJob, Event, Failed, PrepareJob, Queued, 
 from ddengine.serve.first_edit import try_out
 from ddengine.serve.limits import Limits
 from ddengine.serve.line import Emit, Entry, Gone, batch_key, entry_for, takes_several
-from ddengine.serve.running import FAULTY, Runner, line_of
+from ddengine.serve.running import FAULTY, Runner, facts_of, line_of
 from ddengine.serve.sources import Sources
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BROKEN = Failed("unavailable", "the worker failed; it will be replaced", 10)
+_SWEEP_S = 5.0  # after which at the latest an expired source is let go of, while nothing runs
+
 
 class Worker:
     """Loads an engine in its own thread, tries it out, then runs jobs one after the other (or several as a batch).
 
     Methods may be called from any thread and return at once, but for `close`. A fault of the device leaves a process
-    whose every later call fails: the worker is then poisoned, takes no more jobs and waits to be replaced.
+    whose every later call fails, and an error outside of any job leaves one of which nothing is known: the worker is
+    then poisoned, takes no more jobs and waits to be replaced.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class Worker:
         """load: makes the engine, called once. self_test: whether an edit must pass before `readiness` says so.
 
         lost: called, from the worker's thread, once no job will run here any more: loading or the first edit failed, or
-        the device did.
+        the device or the worker itself did.
         """
         self.limits = limits or Limits()
         self.sources = Sources(self.limits.sources, self.limits.source_bytes, self.limits.source_s)
@@ -92,7 +97,7 @@ class Worker:
                 for entry in running:
                     entry.cancelled.set()
                 return bool(running)
-        entry.emit(Failed("cancelled", "the edit was cancelled"))
+        entry.end(Failed("cancelled", "the edit was cancelled"))
         return True
 
     def forget(self, source: str) -> bool:
@@ -107,19 +112,20 @@ class Worker:
     def stats(self) -> Stats:
         count, nbytes = self.sources.usage()
         with self._changed:
-            return Stats(
-                1,
-                len(self._waiting),
-                len(self._running),
-                count,
-                nbytes,
-                _device_bytes(self._engine),
-                self.sources.hits,
-                self.sources.misses,
-                self.sources.evictions,
-                self._runner.batches,
-                self._runner.batched,
-            )
+            waiting, running, engine = len(self._waiting), len(self._running), self._engine
+        return Stats(
+            1,
+            waiting,
+            running,
+            count,
+            nbytes,
+            _device_bytes(engine),
+            self.sources.hits,
+            self.sources.misses,
+            self.sources.evictions,
+            self._runner.batches,
+            self._runner.batched,
+        )
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more jobs, give those there `drain_s` seconds, cancel the rest, end the thread. Blocks until then."""
@@ -133,7 +139,7 @@ class Worker:
                 entry.cancelled.set()
             self._changed.notify_all()
         for entry in left:
-            entry.emit(Failed("unavailable", "the service is being stopped", 5))
+            entry.end(Failed("unavailable", "the service is being stopped", 5))
         self._thread.join(timeout=30)
         self.sources.clear()
 
@@ -148,7 +154,7 @@ class Worker:
                     self._state, self._reason = "testing", "a first edit is being tried"
             if self._self_test:
                 try_out(engine, lambda: self._stopping)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too would end the thread without a word
             if not self._stopping:
                 log.exception("the worker does not get ready")
                 with self._changed:
@@ -158,44 +164,71 @@ class Worker:
         with self._changed:
             if self._state == "testing":
                 self._state, self._reason = "ready", ""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopping)
-                if self._stopping:
-                    return
-                self._running = self._next(engine)
-            running = self._running
-            self._runner.run(engine, running)
+        try:
+            while self._work(engine):
+                pass
+        except BaseException as error:
+            log.critical("the worker failed", exc_info=error, extra={"facts": facts_of(self._running)})
+            try:
+                for entry in self._running:
+                    entry.end(Failed("internal", "the edit failed inside the service; its log says why"))
+            finally:
+                with self._changed:
+                    self._running = []
+                self._give_up(f"the worker failed: {type(error).__name__}", BROKEN)
+
+    def _work(self, engine: Engine) -> bool:
+        """Run the first job in line once there is one, with those that go with it; False when the worker is to end."""
+        with self._changed:
+            sweep_s = min(self.limits.source_s, _SWEEP_S)
+            self._changed.wait_for(lambda: self._waiting or self._stopping, timeout=sweep_s)
+            if self._stopping:
+                return False
+            self._running = [self._waiting.popleft()] if self._waiting else []
+        if self._running:
+            self._add_those_alike(engine)
+            self._runner.run(engine, self._running)
             with self._changed:
                 self._running = []
                 self._changed.notify_all()
-            del running  # with its pictures, while the next one is waited for
+        self.sources.usage()  # lets go of what has expired
+        return True
 
-    def _next(self, engine: Engine) -> list[Entry]:
-        """The first job in line, and those behind it that can run in one batch with it."""
-        first = self._waiting.popleft()
+    def _add_those_alike(self, engine: Engine) -> None:
+        """To the job that is to run, those behind it in line that can run in one batch with it."""
+        (first,) = self._running
         if self.limits.batch == 1 or not isinstance(first.job, EditJob) or not takes_several(engine, first.prompt):
-            return [first]
+            return
+        # The engine is asked without the lock: it may take its time, and others want to know how the worker is.
+        with self._changed:
+            line = [entry for entry in self._waiting if isinstance(entry.job, EditJob)]
         key = batch_key(engine, first)
-        found = [first]
-        for entry in list(self._waiting):
-            if len(found) == self.limits.batch:
-                break
-            if isinstance(entry.job, EditJob) and batch_key(engine, entry) == key:
+        alike = (entry for entry in line if key is not None and batch_key(engine, entry) == key)
+        found = list(islice(alike, self.limits.batch - 1))
+        with self._changed:
+            there = [entry for entry in found if entry in self._waiting]
+            for entry in there:
                 self._waiting.remove(entry)
-                found.append(entry)
-        return found
+            self._running = [first, *there]
 
     def _faulty(self, error: Exception) -> None:
-        """The device has failed: nothing more will run in this process, and all who wait are told so."""
-        log.critical("the device failed, the worker takes no more jobs", exc_info=error)
+        """The device has failed: nothing more will run in this process."""
+        facts = facts_of(self._running)
+        log.critical("the device failed, the worker takes no more jobs", exc_info=error, extra={"facts": facts})
+        self._give_up(line_of(error), FAULTY)
+
+    def _give_up(self, reason: str, final: Failed) -> None:
+        """Take no more jobs; all who wait are told so, and whoever runs the process."""
         with self._changed:
-            self._state, self._reason = "poisoned", line_of(error)
+            self._state, self._reason = "poisoned", reason
             left = list(self._waiting)
             self._waiting.clear()
-        for entry in left:
-            entry.emit(FAULTY)
-        self._lost()
+            self._changed.notify_all()
+        try:
+            for entry in left:
+                entry.end(final)
+        finally:
+            self._lost()
 
 
 def _about(engine: Engine) -> dict[str, Any]:

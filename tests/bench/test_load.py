@@ -49,20 +49,28 @@ def test_a_service_that_does_not_start_says_why():
 def check(found: dict, code_after_kill: str | None) -> None:
     """What every service owes, however fast the machine."""
     assert set(found["cancelled"]["codes"].values()) == {"cancelled"}
-    assert found["deadline"]["code"] == "deadline" and found["deadline"]["seconds"] < 30
-    assert found["queue full"]["code"] == "busy" and found["queue full"]["retry_after_s"] >= 1
+    assert found["deadline"]["code"] == "504 deadline" and found["deadline"]["seconds"] < 30
+    assert found["queue full"]["code"] == "429 busy" and found["queue full"]["retry_after_s"] >= 1
     assert list(found["hostile"]["answers"].values()) == [
         "422 invalid", "413 too_large", "415 unsupported_media", "413 too_large", "422 invalid", "400 bad_request",
         "422 invalid", "400 bad_request",
     ]  # fmt: skip
-    stopped = found["stopped"]
-    assert (stopped["running_edit"], stopped["new_edit"], stopped["exit_code"]) == ("ok", "unavailable", 0)
+    assert found["stopped"]["running_edit"] == "200 ok"
+    assert found["stopped late"]["running_edit"] == "503 unavailable"
+    for stopped in (found["stopped"], found["stopped late"]):  # answered: a connection refused has no status
+        assert (stopped["ready"], stopped["new_edit"], stopped["exit_code"]) == (503, "503 unavailable", 0)
+        assert stopped["retry_after_s"] >= 1
+    assert found["half a request"]["ready"] == 200
     assert all(one["next_equal"] for one in found.values() if "next_equal" in one)
     assert found.get("worker killed", {}).get("code") == code_after_kill
 
 
 def test_faults_are_survived_by_a_process():
-    check(faults.measure(), None)
+    found = faults.measure()
+    check(found, None)
+    half, late = found["half a request"], found["stopped late"]
+    assert half["closed"] == half["connections"]
+    assert late["drain_s"] - 0.5 < late["running_s"] < late["drain_s"] + 5 and late["exit_s"] < late["drain_s"] + 10
 
 
 @pytest.fixture(scope="module")
@@ -85,5 +93,5 @@ def test_what_is_claimed_was_measured(results):
     memory = results["process"]["memory"]
     assert memory["slope_bytes_an_edit"] * memory["edits"] < 0.05 * memory["first_bytes"]
     check(results["faults"]["process"], None)
-    check(results["faults"]["ray"], "unavailable")
+    check(results["faults"]["ray"], "503 unavailable")
     assert results["machine"]["commit"]

@@ -41,7 +41,9 @@ def live(intake):
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
+    ends = time.monotonic() + 60
     while not server.started:
+        assert thread.is_alive() and time.monotonic() < ends, "the server does not start"
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     with Client(url, KEY, timeout=60) as found:
@@ -189,6 +191,41 @@ def test_it_gives_up_at_last_and_at_once_where_trying_is_no_use(pauses):
     client, _ = answering(*[httpx.ConnectError("refused")] * 5)
     with pytest.raises(ServiceError, match="refused; is it running"):
         client.edit(picture(), DRAGS)
+
+
+def timeouts(request: httpx.Request) -> dict[str, float | None]:
+    return request.extensions["timeout"]
+
+
+def test_what_may_run_already_is_not_sent_again(pauses):
+    """The service cancels an edit whose client leaves: sent again, it would run from its beginning."""
+    for ask in (
+        lambda it: it.edit(picture(), DRAGS),
+        lambda it: it.submit(picture(), DRAGS),
+        lambda it: it.prepare(picture()),
+    ):
+        client, seen = answering(httpx.ReadTimeout("nothing came"))
+        with pytest.raises(ServiceError, match="no answer within 150 s") as error:
+            ask(client)
+        assert len(seen) == 1 and pauses == [] and (error.value.code, error.value.status) == ("deadline", 0)
+    client, seen = answering(httpx.WriteTimeout("half of it went"), done())  # nothing runs before all of it has come
+    assert client.edit(picture(), DRAGS).id == "edt_1" and len(seen) == 2
+    client, seen = answering(httpx.ReadTimeout("nothing came"), httpx.Response(200, json={"state": "cancelled"}))
+    assert client.cancel("edt_1") and len(seen) == 2
+
+
+def test_an_answer_is_waited_for_as_long_as_the_edit_may_take(pauses):
+    made = httpx.Response(201, json={"source": "src_1", "timings": {}})
+    client, seen = answering(done(), done(), made, done())  # by an httpx.Client of one's own, which waits for 5 s
+    client.edit(picture(), DRAGS)
+    client.edit(picture(), DRAGS, deadline_s=1000)
+    client.edit(client.prepare(picture(), deadline_s=500), DRAGS, deadline_s=20)
+    assert [timeouts(request)["read"] for request in seen] == [150, 1000 + module.MARGIN_S, 500 + module.MARGIN_S, 150]
+    assert {timeouts(request)["connect"] for request in seen} == {5.0}
+    client, seen = answering(done())
+    client._http.timeout = None  # for ever
+    client.edit(picture(), DRAGS, deadline_s=1000)
+    assert timeouts(seen[0])["read"] is None
 
 
 def test_a_source_lost_twice_is_an_error(pauses):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
+import time
+import tracemalloc
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 from serve_fakes import EDIT, PICTURE, STAGES, Call, FakeEngine, form, multipart, picture_bytes, serving, until
+
+from ddengine.serve import jobs
+from ddengine.serve.contract import Edited, Picture, Queued, Step
+from ddengine.serve.jobs import Job
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -24,6 +31,14 @@ async def events_of(http, body) -> list[tuple[int, str, dict]]:
     text = (await http.get(body["events"])).text
     blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in text.strip().split("\n\n")]
     return [(int(block["id"]), block["event"], json.loads(block["data"])) for block in blocks]
+
+
+async def held(it) -> Call:
+    """A client that waits for an edit which stays where its engine's `hold` says."""
+    headers, body = multipart()
+    call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body)
+    await until(it.engine.held.is_set)
+    return call
 
 
 async def test_a_picture_comes_back_in_the_format_asked_for(intake):
@@ -149,9 +164,7 @@ async def test_a_client_that_goes_stops_its_edit(intake, stage):
     engine = FakeEngine()
     engine.hold = stage
     async with serving(engine, intake) as it:
-        headers, body = multipart()
-        call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body)
-        await until(engine.held.is_set)
+        call = await held(it)
         call.disconnect()
         await until(lambda: engine.stopped == 1)
         assert (await call.done()).status == 499  # for the log: nobody reads it
@@ -164,9 +177,7 @@ async def test_a_server_that_cancels_the_request_stops_its_edit(intake):
     engine = FakeEngine()
     engine.hold = "drag"
     async with serving(engine, intake) as it:
-        headers, body = multipart()
-        call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body)
-        await until(engine.held.is_set)
+        call = await held(it)
         call.task.cancel()
         await until(lambda: engine.stopped == 1 and it.service.jobs.open == 0)
 
@@ -176,9 +187,30 @@ async def test_a_deadline_that_passes(intake, stage):
     engine = FakeEngine()
     engine.hold = stage
     async with serving(engine, intake) as it:
-        answer = await it.http.post("/v1/edits", **form({"deadline_s": 1.0}))
+        asking = asyncio.ensure_future(it.http.post("/v1/edits", **form({"deadline_s": 60.0})))
+        await until(engine.held.is_set)
+        (entry,) = it.workers.worker._running
+        assert 0 < entry.ends - time.monotonic() <= 60
+        entry.ends = 0.0  # as if its time had passed
+        answer = await asking
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
-        await until(lambda: engine.stopped == 1)
+        assert engine.stopped == 1
+
+
+async def test_a_deadline_holds_where_the_worker_says_nothing(intake):
+    async with serving(intake=intake) as it:
+        left = asyncio.Event()
+
+        async def silent(job):
+            yield Queued(0)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                left.set()
+
+        it.workers.edit = silent
+        answer = await it.http.post("/v1/edits", **form({"deadline_s": 0.1}))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline") and left.is_set()
 
 
 async def test_a_deadline_passes_in_the_queue_too(intake):
@@ -268,22 +300,56 @@ async def test_outcomes_are_kept_within_bounds(intake):
         assert (await it.http.get(f"/v1/edits/{ids[0]}/events")).json()["error"]["code"] == "gone"
     async with serving(intake=intake, job_s=0.05) as it:
         one = (await it.http.post("/v1/edits", **form(), headers={"Idempotency-Key": "k"})).headers["edit-id"]
-        await asyncio.sleep(0.1)
+        await until(lambda: not it.service.jobs._keys and not it.service.jobs._jobs)  # without anybody asking
         assert (await it.http.get(f"/v1/edits/{one}")).status_code == 410
-        assert not it.service.jobs._keys and not it.service.jobs._jobs
     async with serving(intake=intake, job_bytes=1 << 16) as it:
         big = picture_bytes(size=(200, 200))  # its noise takes more than half of the room
         ids = [(await it.http.post("/v1/edits", **form(picture=big))).headers["edit-id"] for _ in range(2)]
         assert (await it.http.get(f"/v1/edits/{ids[0]}")).status_code == 410
 
 
+async def test_an_outcome_s_bytes_are_those_that_it_takes():
+    """Against what Python allocates, of outcomes with few and many events, points and pictures."""
+    now = time.monotonic
+    for events, points, preview in ((0, 1, 0), (20, 1, 9000), (700, 1, 9000), (700, 32, 0)):
+        gc.collect()
+        tracemalloc.start()
+        jobs = [Job(f"edt_{number}", "edit", "me", 512, now) for number in range(4)]
+        for job in jobs:
+            for step in range(events):
+                at = tuple((x + step + 0.5, x * step + 0.5) for x in range(points))
+                job.add(Step("drag", step + 1000, 2000, at, bytes(preview + step) if preview else None))
+            job.add(Edited(Picture(1, 1, b""), ((1.5, 2.5),) * points, {"drag": 0.5}, {"drag": {"forward": 3}}, {}))
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        counted = sum(job.nbytes for job in jobs)
+        assert taken <= counted <= 2 * taken, (events, points, preview)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"), [(MemoryError(), 503, "out_of_memory"), (OSError("encoder error -2"), 500, "internal")]
+)
+async def test_a_result_that_cannot_be_encoded_is_our_fault(intake, monkeypatch, caplog, error, status, code):
+    def fail(*_):
+        raise error
+
+    async with serving(intake=intake) as it:
+        monkeypatch.setattr(jobs, "encoded", fail)
+        answer = await it.http.post("/v1/edits", **form(), headers={"Idempotency-Key": "k"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        (told,) = [record for record in caplog.records if record.name == jobs.__name__ and record.exc_info]
+        (job,) = it.service.jobs._jobs.values()
+        assert told.facts == {"edit": job.id} and job.state == "failed" and it.service.jobs.open == 0
+        monkeypatch.undo()
+        assert (await it.http.post("/v1/edits", **form(), headers={"Idempotency-Key": "k"})).status_code == 200
+
+
 async def test_a_stopping_service_ends_what_it_has_and_takes_nothing_new(intake):
     engine = FakeEngine()
     engine.hold = "drag"
     async with serving(engine, intake) as it:
-        headers, body = multipart()
-        call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body)
-        await until(engine.held.is_set)
+        call = await held(it)
         draining = asyncio.ensure_future(it.service.jobs.drain(20))
         await asyncio.sleep(0)
         refused = await it.http.post("/v1/edits", **form())
@@ -301,9 +367,7 @@ async def test_what_does_not_end_in_time_is_cancelled_when_the_service_stops(int
     engine = FakeEngine()
     engine.hold = "drag"
     async with serving(engine, intake) as it:
-        headers, body = multipart()
-        call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body)
-        await until(engine.held.is_set)
+        call = await held(it)
         await it.service.jobs.drain(0.05)
         assert (await call.done()).status == 503 and call.json["error"]["code"] == "unavailable"
         await until(lambda: engine.stopped == 1)

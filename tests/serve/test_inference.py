@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from serve_fakes import PICTURE, serving
+from serve_fakes import PICTURE, FakeEngine, serving
 
+from ddengine.serve import inference, tensors
 from ddengine.serve.faults import Fault
 from ddengine.serve.schemas import read_json
 from ddengine.serve.tensors import InferIn, read_tensors, split
@@ -120,6 +121,63 @@ async def test_limits_hold_here_too(intake):
         headers = {"Inference-Header-Content-Length": "99999999"}
         assert (await it.http.post(PATH, json=asked(), headers=headers)).status_code == 400
         assert (await it.http.post(PATH, content=b"[" * 90_000)).status_code == 400
+
+
+async def test_json_is_for_small_pictures(intake, monkeypatch):
+    async with serving(intake=intake) as it:
+        limit = tensors.JSON_BYTES
+        raw = {"name": "image", "shape": list(PIXELS.shape), "datatype": "UINT8"}
+        raw["parameters"] = {"binary_data_size": PIXELS.nbytes}
+
+        async def status(request, pad: int = 0):
+            text = json.dumps(request).encode()
+            text += b" " * (pad - len(text))
+            headers = {"Inference-Header-Content-Length": str(len(text))}
+            answer = await it.http.post(PATH, content=text + PIXELS.tobytes(), headers=headers)
+            return answer.status_code, answer.content
+
+        assert (await status(asked(raw), limit))[0] == 200
+        for answer in (await status(asked(raw), limit + 1), await status(asked(raw), 3 * limit)):
+            assert answer[0] == 413 and b'"too_large"' in answer[1] and f"{limit}; send".encode() in answer[1]
+        plain = await it.http.post(PATH, content=b"[" * (limit + 1))
+        assert plain.status_code == 413 and "binary" in plain.json()["error"]
+
+        edits = len(it.engine.edits)
+        monkeypatch.setattr(inference, "JSON_VALUES", PIXELS.size - 1)
+        for more in ({}, {"outputs": [{"name": "image"}]}, {"parameters": {"binary_data_output": False}}):
+            code, body = await status(asked(raw, **more))
+            assert code == 413 and b"binary_data_output" in body and str(PIXELS.size - 1).encode() in body, more
+        assert len(it.engine.edits) == edits, "it ran, and nobody gets it"
+        binary = {"name": "image", "parameters": {"binary_data": True}}
+        for more in (
+            {"parameters": {"binary_data_output": True}},
+            {"outputs": [binary]},
+            {"outputs": [{"name": "points"}]},
+        ):
+            assert (await status(asked(raw, **more)))[0] == 200, more
+
+
+def test_a_picture_of_512_x_512_may_come_and_go_as_json():
+    pixels = np.full((512, 512, 3), 255, np.uint8)
+    assert len(json.dumps(asked(tensor("image", pixels, "UINT8"))).encode()) <= tensors.JSON_BYTES
+    assert pixels.size <= tensors.JSON_VALUES
+
+
+def test_the_stages_are_the_engine_s():
+    from ddengine import engine
+
+    assert (*engine.STAGES, "total") == inference.STAGES
+
+
+async def test_an_edit_that_fails_is_found_in_the_log_by_its_id(intake, caplog):
+    engine = FakeEngine()
+    engine.error = RuntimeError("a bug")
+    async with serving(engine, intake) as it:
+        with caplog.at_level("INFO"):
+            assert (await it.http.post(PATH, json=asked())).status_code == 500
+    told = {record.name.rpartition(".")[2]: record.facts for record in caplog.records if hasattr(record, "facts")}
+    assert {"running", "jobs", "access"} <= told.keys()
+    assert len({told[name]["edit"] for name in ("running", "jobs", "access")}) == 1
 
 
 @settings(max_examples=60)

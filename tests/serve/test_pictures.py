@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
+import sys
 import time
 import zlib
 from io import BytesIO
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from serve_fakes import PICTURE, form, picture_bytes, serving
 
+from ddengine.serve import pictures
 from ddengine.serve.faults import Fault
 from ddengine.serve.header import format_of, scans_of, size_of
 from ddengine.serve.limits import Limits
@@ -134,20 +138,103 @@ def test_headers_of_any_bytes(data, name):
     assert scans_of(data) >= 0
 
 
-def test_a_decoder_that_takes_too_long_is_killed_and_the_next_one_works():
-    intake = Intake(Limits(decode_s=0.05))  # no Python starts in that time
-    with pytest.raises(Fault, match=r"within 0\.05 s"):
-        intake.read(PICTURE)
-    assert not intake._idle
-    intake.limits = Limits(decode_s=60.0)
-    assert intake.read(PICTURE).width == 80
+@pytest.fixture
+def own():
+    """An intake of the test's own, one decoder at a time."""
+    found = Intake(Limits(decode_s=60.0, decoders=1))
+    yield found
+    found.close()
+    assert found._idle == []
+
+
+def pid(intake: Intake) -> int:
     (process,) = intake._idle
-    process._process.kill()  # as if it had crashed
+    return process._process.pid
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
+def test_a_decoder_that_takes_too_long_is_killed_and_the_next_one_works(own):
+    assert own.read(PICTURE).width == 80
+    first = pid(own)
+    os.kill(first, signal.SIGSTOP)
+    own.limits = Limits(decode_s=0.05)
+    with pytest.raises(Fault, match=r"within 0\.05 s") as told:
+        own.read(PICTURE)
+    assert told.value.code == "invalid" and not own._idle
+    own.limits = Limits(decode_s=60.0)
+    assert own.read(PICTURE).width == 80 and pid(own) != first
+
+
+def test_the_start_of_a_decoder_is_no_part_of_the_decoding(own, monkeypatch):
+    """A start of a second, a limit of half of one."""
+    late = "import sys, time; time.sleep(1); from ddengine.serve.decoder import main; main(int(sys.argv[1]))"
+    monkeypatch.setattr(pictures, "_COMMAND", [sys.executable, "-c", late])
+    own.limits = Limits(decode_s=0.5)
+    assert own.read(PICTURE).width == 80
+
+
+def test_a_decoder_that_died_while_it_waited_costs_no_picture(own):
+    assert own.read(PICTURE).width == 80
+    (process,) = own._idle
+    process._process.kill()  # as if something had run out of memory
     process._process.wait()
-    assert refused(intake, PICTURE) == "invalid"
-    assert intake.read(PICTURE).width == 80
-    intake.close()
-    assert intake._idle == []
+    assert own.read(PICTURE).width == 80 and own._idle != [process]
+    os.kill(pid(own), signal.SIGKILL)  # just now: whether it is still there when it is asked, nobody knows
+    assert own.read(PICTURE).width == 80
+
+
+# Decoders that end at one kind of picture, as a crash in a library would end them.
+CRASHES = """
+import os, sys
+from ddengine.serve import decoder
+decode = decoder.decoded
+
+def decoded(data, pixels):
+    if {when}:
+        os._exit(9)
+    return decode(data, pixels)
+
+decoder.decoded = decoded
+decoder.main(int(sys.argv[1]))
+"""
+
+
+def test_a_decoder_that_dies_at_a_picture_is_asked_twice(own, monkeypatch, tmp_path):
+    started = []
+    whole = pictures._Process
+
+    def counted(pixels):
+        started.append(pixels)
+        return whole(pixels)
+
+    monkeypatch.setattr(pictures, "_Process", counted)
+    mark = tmp_path / "crashed"
+    once = f"not os.path.exists({str(mark)!r}) and not open({str(mark)!r}, 'w').close()"
+    monkeypatch.setattr(pictures, "_COMMAND", [sys.executable, "-c", CRASHES.format(when=once)])
+    assert own.read(PICTURE).width == 80 and len(started) == 2  # that one had bad luck
+    own.close()
+    own._closed = False
+    monkeypatch.setattr(pictures, "_COMMAND", [sys.executable, "-c", CRASHES.format(when="data[:2] == b'RI'")])
+    started.clear()
+    assert own.read(PICTURE).width == 80 and len(started) == 1
+    assert refused(own, FILES["WEBP"]) == "invalid" and len(started) == 2  # this one is to blame
+    assert own.read(PICTURE).width == 80 and len(started) == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["/nowhere/python"], [sys.executable, "-c", "raise SystemExit(1)"], [sys.executable, "-c", "print('x' * 99)"]],
+)
+async def test_where_no_decoder_starts_the_service_is_unavailable(own, monkeypatch, command):
+    monkeypatch.setattr(pictures, "_COMMAND", command)
+    own.warm()
+    async with serving(intake=own) as it:
+        for _ in range(2):
+            answer = await it.http.post("/v1/edits", **form())
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+            assert "retry-after" in answer.headers and it.service.jobs.open == 0
+        monkeypatch.undo()
+        assert (await it.http.post("/v1/edits", **form())).status_code == 200
 
 
 def test_a_decoder_has_little_memory(intake):

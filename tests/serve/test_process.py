@@ -55,7 +55,7 @@ def test_a_service_is_started_used_and_stopped_in_the_middle_of_an_edit():
         with httpx.Client(base_url=lines[0].split()[-1], timeout=120) as http:
             wait(lambda: http.get("/v2/health/ready").status_code == 200)
             assert http.post("/v1/edits", **form(SETTINGS)).headers["content-type"] == "image/png"
-            assert http.get("/v2/health/live", headers={"Host": "evil.example"}).status_code == 421
+            assert http.get("/v2", headers={"Host": "evil.example"}).status_code == 421
             found = []
             editing = threading.Thread(target=lambda: found.append(http.post("/v1/edits", **form(SETTINGS))))
             editing.start()

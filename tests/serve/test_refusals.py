@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
+import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_fakes import DRAG, EDIT, PICTURE, Call, FakeEngine, form, multipart, picture_bytes, serving
+from serve_fakes import DRAG, EDIT, PICTURE, Call, FakeEngine, form, multipart, picture_bytes, serving, until
 
 from ddengine.errors import InputError
 from ddengine.serve.accept import media_for
@@ -51,6 +53,7 @@ BODIES = [
     ("an address", {"image": "http://169.254.169.254/"}, 422, "invalid", "image"),
     ("an unknown preset", {"config": "../../etc/passwd"}, 422, "invalid", "config"),
     ("an unknown setting", {"settings": {"nothing": 1}}, 422, "invalid", "nothing"),
+    ("a setting named as an argument", {"settings": {"self": 1}}, 422, "invalid", "'self'"),
     ("a setting out of range", {"settings": {"r2": 1000}}, 422, "invalid", "r2"),
     ("a setting of another type", {"settings": {"r2": "wide"}}, 422, "invalid", "r2"),
     ("too many steps", {"settings": {"n_inference_step": 101}}, 422, "invalid", "limit is 100"),
@@ -147,6 +150,20 @@ def test_any_bytes_as_a_body(intake, data):
         assert call.json["error"]["message"]
 
 
+async def test_a_body_that_is_cut_off_is_let_go_of(intake):
+    """Its parts are closed, the one too that never came to its end."""
+    async with serving(intake=intake) as it:
+        headers, body = multipart()
+        for cut in (len(body) - 4, len(body) // 2, 300):
+            call = await Call(it.app, "POST", "/v1/edits", headers=headers, body=body[:cut]).done()
+            assert call.status == 400 and "boundary" in call.json["error"]["message"]
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", ResourceWarning)
+                gc.collect()
+            assert not [one for one in told if "SpooledTemporaryFile" in str(one.message)]
+        assert it.service.jobs.open == 0
+
+
 async def test_a_slow_body_is_not_waited_for(intake):
     async with serving(intake=intake, body_s=0.1) as it:
         headers, body = multipart()
@@ -230,17 +247,72 @@ async def test_names_and_pages_of_other_sites(intake):
             ("localhost", 200), ("LOCALHOST:8000", 200), ("127.0.0.1:1", 200), ("[::1]:80", 200), ("evil.example", 421),
             ("localhost.evil.example", 421), ("", 421), ("[::1", 421), ("127.0.0.1.evil.example:80", 421),
         ):  # fmt: skip
-            answer = await it.http.get("/v2/health/live", headers={"Host": host})
-            assert answer.status_code == status, host
+            assert (await it.http.get("/v2", headers={"Host": host})).status_code == status, host
+            for path in ("/v2/health/live", "/v2/health/ready"):  # probes name an address that nobody can foresee
+                assert (await it.http.get(path, headers={"Host": host})).status_code == 200, host
         for origin, status in (("http://evil.example", 403), ("null", 403), ("http://localhost", 200)):
             answer = await it.http.post("/v1/edits", **form(), headers={"Origin": origin})
             assert answer.status_code == status, origin
             assert not [name for name in answer.headers if name.startswith("access-control")]
-    async with serving(intake=intake, hosts=None, key=KEY) as it:  # a key is not sent by a page that does not have it
-        answer = await it.http.post(
-            "/v1/edits", **form(), headers={"Origin": "http://app.example", "Host": "x.example"}
-        )
-        assert answer.status_code == 200
+        foreign = await it.http.get("/v2/health/ready", headers={"Host": "x.example", "Origin": "http://evil.example"})
+        assert foreign.status_code == 403
+    async with serving(intake=intake, key=KEY) as it:  # a key is not sent by a page that does not have it
+        headers = {"Origin": "http://app.example", "Host": "10.1.2.3:8000"}
+        assert (await it.http.post("/v1/edits", **form(), headers=headers)).status_code == 200
+        it.http.headers.pop("Authorization")
+        assert (await it.http.post("/v1/edits", **form(), headers=headers)).status_code == 401
+
+
+async def test_more_requests_than_places(intake):
+    """Those beyond are told so in JSON; health checks and refusals take no place, and a place is given back."""
+    engine = FakeEngine()
+    engine.hold = "drag"
+    async with serving(engine, intake, key=KEY, connections=2) as it:
+        headers, body = multipart()
+        headers["authorization"] = f"Bearer {KEY}"
+        running = [Call(it.app, "POST", "/v1/edits", headers=headers, body=body) for _ in range(2)]
+        await until(lambda: it.service.jobs.open == 2 and engine.held.is_set())
+        for method, path in (("POST", "/v1/edits"), ("GET", "/metrics")):
+            answer = await it.http.request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+            assert answer.headers["retry-after"] == "1" and "limit" in answer.json()["error"]["message"]
+        assert (await it.http.get("/metrics", headers={"Authorization": "Bearer no"})).status_code == 401
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert (await it.http.get(path)).status_code == 200
+        engine.go.set()
+        assert [(await call.done()).status for call in running] == [200, 200]
+        assert [(await it.http.get("/metrics")).status_code for _ in range(3)] == [200] * 3
+
+
+async def test_what_a_server_cancels_when_it_stops_is_told_so(intake):
+    async with serving(intake=intake) as it:
+        headers, body = multipart()
+        call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body[:50], more=True)
+        await until(lambda: it.service.jobs.open == 1)
+        await it.service.jobs.drain(0)  # the body still comes: nothing runs yet that could be cancelled
+        assert not call.task.done()
+        call.task.cancel()
+        assert (await call.done()).status == 503 and call.json["error"]["code"] == "unavailable"
+        assert "retry-after" in call.headers and it.service.jobs.open == 0
+
+
+async def test_a_body_that_comes_too_late_begins_nothing(intake):
+    async with serving(intake=intake) as it:
+        headers, body = multipart()
+        call = Call(it.app, "POST", "/v1/edits", headers=headers, body=body[:50], more=True)
+        await until(lambda: it.service.jobs.open == 1)
+        await it.service.jobs.drain(0)
+        call.feed(body[50:])
+        assert (await call.done()).status == 503 and it.engine.edits == [] and it.service.jobs.open == 0
+
+
+async def test_a_body_is_hashed_for_its_key_alone(intake, monkeypatch):
+    from ddengine.serve import edits
+
+    monkeypatch.setattr(edits, "_fingerprint", lambda picture, asked: 1 / 0)
+    async with serving(intake=intake) as it:
+        assert (await it.http.post("/v1/edits", **form())).status_code == 200
+        assert (await it.http.post("/v1/edits", **form(), headers={"Idempotency-Key": "k"})).status_code == 500
 
 
 async def test_every_answer_says_its_request_and_how_to_treat_it(intake, caplog):
@@ -332,10 +404,9 @@ def test_no_other_machine_gets_in_without_a_key(tmp_path):
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.com", ""):
         with pytest.raises(InputError, match="key"):
             ServeOptions(host=host)
-        assert ServeOptions(host=host, keys=(KEY,)).hosts is None
-        assert "edit.example" in ServeOptions(host=host, keys=(KEY,), names=("Edit.example",)).hosts
+        assert ServeOptions(host=host, keys=(KEY,)).host == host
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
-        assert host in (ServeOptions(host=host).hosts or ())
+        assert {host, "edit.example"} <= {*ServeOptions(host=host, names=("Edit.example",)).hosts}
     for short in ("short", "x" * 15, "with a space in it....", "kéykéykéykéykéykéy"):
         with pytest.raises(InputError, match="at least 16"):
             ServeOptions(keys=(short,))
@@ -366,5 +437,5 @@ def test_the_command_refuses_before_it_loads_anything(monkeypatch):
 async def test_an_engine_is_never_asked_for_a_hostile_picture(intake):
     engine = FakeEngine()
     async with serving(engine, intake) as it:
-        await it.http.post("/v1/edits", **form(picture=PICTURE[:-30]))
-        assert engine.edits == []
+        answer = await it.http.post("/v1/edits", **form(picture=PICTURE[:-30]))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid") and engine.edits == []

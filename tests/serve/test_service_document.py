@@ -38,7 +38,7 @@ MEANING = {
     "busy": "the queue is full",
     "client_gone": "in logs and metrics alone: the client hung up",
     "internal": "a fault of ours; the log says which",
-    "unavailable": "not ready, stopping, or the worker was lost",
+    "unavailable": "not ready, stopping, too many requests at once, no picture can be decoded, or the worker was lost",
     "out_of_memory": "the edit did not fit",
     "deadline": "it took longer than it may",
 }
@@ -73,6 +73,12 @@ def test_every_metric_is_there_and_no_other(document):
     text = Metrics().text(Stats(), 0).decode()
     made = set(re.findall(r"^# TYPE (ddengine_\w+) (?:counter|gauge|histogram)$", text, re.M))
     assert set(re.findall(r"`(ddengine_\w+)`", document)) == {one for one in made if not one.endswith("_created")}
+
+
+def test_the_shipped_configuration_lets_edits_end_by_themselves():
+    """Ray's own time limit would cut those that are longer once deadline_s is raised, and answer in its own words."""
+    text = (ROOT / "examples" / "serve" / "config.yaml").read_text(encoding="utf-8")
+    assert "deadline_s:" in text and not re.search(r"^ *request_timeout_s:", text, re.M)
 
 
 def test_its_commands_run(document, tmp_path):

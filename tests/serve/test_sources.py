@@ -7,8 +7,9 @@ import asyncio
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_fakes import EDIT, PICTURE, FakeEngine, form, picture_bytes, serving, until
+from serve_fakes import EDIT, PICTURE, Call, FakeEngine, form, multipart, picture_bytes, serving, until
 
+from ddengine.serve.contract import Prepared
 from ddengine.serve.ids import Ids
 from ddengine.serve.sources import Sources
 
@@ -100,8 +101,6 @@ async def test_an_edit_that_waits_keeps_its_source(intake):
 
 
 async def test_a_source_whose_client_goes_is_not_kept(intake):
-    from serve_fakes import Call, multipart
-
     engine = FakeEngine()
     engine.hold = "invert"
     async with serving(engine, intake) as it:
@@ -113,6 +112,32 @@ async def test_a_source_whose_client_goes_is_not_kept(intake):
         assert (await call.done()).status == 499 and it.workers.worker.stats().sources == 0
         engine.hold = None
         assert (await it.http.post("/v1/sources", **preparation(picture_bytes("JPEG")))).status_code == 201
+
+
+async def test_a_source_that_is_there_just_when_its_client_goes_is_not_kept(intake):
+    async with serving(intake=intake) as it:
+        waiting, made, forgotten = asyncio.Event(), [], []
+
+        async def prepare(job):
+            try:
+                waiting.set()
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:  # as if both had come at once
+                made.append(job.source)
+                yield Prepared(job.source, 80, 64, 1000, 60.0, {}, {})
+
+        async def forget(source):
+            forgotten.append(source)
+            return True
+
+        it.workers.prepare, it.workers.forget = prepare, forget
+        headers, body = multipart(part="options", edit="{}")
+        call = Call(it.app, "POST", "/v1/sources", headers=headers, body=body)
+        await waiting.wait()
+        call.disconnect()
+        assert (await call.done()).status == 499
+        await until(lambda: made and it.service.jobs.open == 0)
+        assert forgotten == made
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "get", "drop", "wait"]), st.integers(0, 5), st.integers(1, 60))))

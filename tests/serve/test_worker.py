@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from ddengine.memory_errors import memory_errors
 from ddengine.serve.contract import Edited, EditJob, Failed, Picture, Prepared, PrepareJob, Queued, Step
 from ddengine.serve.limits import Limits
 from ddengine.serve.local import LocalWorkers
+from ddengine.serve.logs import JsonLines
 from ddengine.serve.pictures import from_pil, to_pil
 from ddengine.serve.worker import Worker
 
@@ -149,17 +152,99 @@ def test_a_batch_only_where_the_passes_take_several(line, backend, any_batch, to
     assert engine.edits == ([1, 2] if together else [1, 1, 1])
 
 
-def test_a_prompt_that_cannot_be_used_fails_its_own_edit_alone(line):
+@pytest.mark.parametrize(("error", "code"), [(ModelError("no text encoder"), "invalid"), (KeyError("te"), "internal")])
+def test_a_prompt_that_cannot_be_used_fails_its_own_edit_alone(line, error, code):
     engine = FakeEngine()
-    engine.passes = lambda prompt: (_ for _ in ()).throw(ModelError("no text encoder"))
+    edit, passes = engine.edit, engine.passes
+
+    def refuse(prompt) -> None:
+        if prompt:
+            raise error
+
+    engine.passes = lambda prompt: (refuse(prompt), passes(prompt))[1]
+    engine.edit = lambda *args, prompt, **rest: (refuse(prompt), edit(*args, **rest))[1]
+    it = line(engine, batch=3)
+    it.held("encode", job("first"), job("a", prompt="a cat"), job("b"), job("c"))
+    engine.go.set()
+    assert it.final("a").code == code
+    assert [it.final(name).batch for name in "bc"] == [2, 2] and engine.edits == [1, 2]
+    assert it.worker.readiness().ready
+
+
+def test_what_cannot_be_compared_runs_alone(line):
+    it = line(batch=3)
+    it.engine.model.size = "unknown"
+    it.held("encode", *(job(name) for name in "abc"))
+    it.engine.go.set()
+    assert [it.final(name).batch for name in "abc"] == [1, 1, 1] and it.worker.readiness().ready
+
+
+def test_the_engine_is_asked_while_others_look_and_come(line):
+    engine, asked, answer = FakeEngine(), threading.Event(), threading.Event()
+
+    def passes(prompt):
+        asked.set()
+        assert answer.wait(60)
+        return SimpleNamespace(any_batch=True)
+
+    engine.passes = passes
     it = line(engine, batch=2)
-    it.submit(job("a", prompt="a cat"))
-    assert isinstance(it.final("a"), Edited)  # the fake one can
+    it.submit(job("a"))
+    assert asked.wait(60)
+    seen = []
+
+    def look() -> None:
+        it.submit(job("b"))
+        seen.extend([it.worker.readiness().ready, it.worker.stats().running, it.worker.stats().queued])
+        seen.append(it.worker.cancel("a"))
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(30)
+    assert seen == [True, 1, 1, True], "they wait for the engine"
+    answer.set()
+    assert it.final("a").code == "cancelled" and isinstance(it.final("b"), Edited)
+    assert engine.edits == [1]  # a batch of one: the other had gone by then
+
+
+class Untold(Exception):
+    def __str__(self) -> str:
+        raise ValueError("not even that")
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Untold()])
+def test_an_error_of_the_worker_itself_ends_it_for_all_to_see(line, caplog, error):
+    it = line()
+    it.held("encode", job("a"), job("b"))
+    it.engine.error = error
+    it.engine.go.set()
+    assert it.final("a").code == "internal" and it.final("b").code == "unavailable"
+    it.wait(lambda: it.lost == [True])
+    state = it.worker.readiness()
+    assert (state.ready, state.state) == (False, "poisoned") and it.worker.stats().running == 0
+    it.submit(job("c"))
+    assert it.final("c").code == "unavailable" and it.events["a"].count(it.final("a")) == 1
+    (told,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert told.facts == {"edit": "a"} and told.exc_info
+
+
+def test_lines_of_the_log_name_the_jobs_they_are_about(line, caplog):
+    it = line(batch=2)
+    it.engine.error = RuntimeError("a bug")
+    it.submit(job("a"))
+    it.submit(PrepareJob("p", "src", picture()))
+    it.final("p")
+    it.held("encode", job("b"), job("c"), job("d"))
+    it.engine.go.set()
+    it.final("d")
+    facts = [record.facts for record in caplog.records if record.levelname == "ERROR"]
+    assert facts == [{"edit": "a"}, {"source": "p"}, {"edit": "b"}, {"edits": ["c", "d"]}]
+    assert json.loads(JsonLines().format(caplog.records[-1]))["edits"] == ["c", "d"]
 
 
 def test_one_of_a_batch_can_go_and_the_last_one_stops_it(line):
     it = line(batch=4)
-    it.held("encode", job("first"), job("a"), job("b"), job("late", deadline_s=2.0), job("c"))
+    it.held("encode", job("first"), job("a"), job("b"), job("late", deadline_s=60.0), job("c"))
     it.engine.held.clear()
     it.engine.hold = "drag"  # lets the first one go on to there
     it.wait(lambda: it.engine.held.is_set())
@@ -168,6 +253,8 @@ def test_one_of_a_batch_can_go_and_the_last_one_stops_it(line):
     it.wait(lambda: len(it.engine.edits) == 2 and it.engine.held.is_set())
     assert it.engine.edits == [1, 4]
     assert it.worker.cancel("a") and it.final("a").code == "cancelled"
+    (late,) = [entry for entry in it.worker._running if entry.job.id == "late"]
+    late.ends = 0.0  # as if its time had passed
     assert it.final("late").code == "deadline"
     assert it.engine.stopped == 1  # the batch goes on
     it.engine.go.set()
@@ -184,14 +271,32 @@ def test_one_of_a_batch_can_go_and_the_last_one_stops_it(line):
 
 
 def test_a_batch_that_does_not_fit_is_taken_apart(line):
-    engine = FakeEngine()
-    whole = engine.edit_batch
-    engine.edit_batch = lambda edits, **rest: (_ for _ in ()).throw(InputError("cuda has not enough memory for it"))
+    engine, tried = FakeEngine(), []
+
+    def edit_batch(edits, **rest):
+        tried.append(len(edits))
+        raise InputError("cuda has not enough memory for it")
+
+    engine.edit_batch = edit_batch
     it = line(engine, batch=2)
-    it.held("encode", job("a"), job("b"), job("c"))
+    it.held("encode", job("a"), job("b", picture=picture(seed=1)), job("c", picture=picture(seed=2)))
     engine.go.set()
-    assert [it.final(name).batch for name in "bc"] == [1, 1] and engine.edits == [1, 1, 1]
-    assert whole is not None and it.worker.stats().batches == 0
+    finals = [it.final(name) for name in "bc"]
+    assert tried == [2] and engine.edits == [1, 1, 1] and it.worker.stats().batches == 0
+    assert [final.batch for final in finals] == [1, 1]
+    for seed, final in zip((1, 2), finals, strict=True):
+        expected = np.asarray(to_pil(picture(seed=seed))).copy()
+        expected[30, 40] = (255, 0, 0)
+        np.testing.assert_array_equal(np.asarray(to_pil(final.picture)), expected)
+
+
+def test_all_of_a_batch_are_told_when_its_results_cannot_be_used(line):
+    engine = FakeEngine()
+    engine.edit_batch = lambda edits, **rest: [SimpleNamespace(image=None) for _ in edits]
+    it = line(engine, batch=3)
+    it.held("encode", *(job(name) for name in "abcd"))
+    engine.go.set()
+    assert [it.final(name).code for name in "bcd"] == ["internal"] * 3 and it.worker.readiness().ready
 
 
 def test_a_fault_of_the_device_poisons_the_worker(line):
@@ -293,10 +398,52 @@ async def test_leaving_the_events_cancels_the_job():
             break
     await events.aclose()
     await until(lambda: engine.stopped == 1)
-    reading = asyncio.ensure_future(anext(aiter(workers.edit(job("b")))))
-    await reading
-    assert await workers.cancel("b") or engine.stopped == 2
+    engine.held.clear()
+    reading = asyncio.ensure_future(ended(workers, job("b")))
+    await until(engine.held.is_set)
+    reading.cancel()
+    await until(lambda: engine.stopped == 2)
+    assert reading.cancelled() and workers.worker.cancel("b") is False
     await workers.close()
+
+
+async def test_a_source_whose_reader_leaves_when_it_is_there_already_is_not_kept():
+    engine = FakeEngine()
+    workers = LocalWorkers.start(engine.load, Limits(), self_test=False)
+    await until(lambda: workers.worker.readiness().ready)
+    events = workers.prepare(PrepareJob("p", "src", picture()))
+    assert isinstance(await anext(events), Queued)
+    await until(lambda: workers.worker.stats().sources == 1)  # its last event waits to be read
+    await events.aclose()
+    assert workers.worker.stats().sources == 0
+    await workers.close()
+
+
+def test_a_source_that_is_cancelled_while_it_is_put_away_is_not_kept(line):
+    it = line()
+    prepare = it.engine.prepare
+
+    class Cancelling:
+        @property
+        def total(self) -> int:
+            assert it.worker.cancel("p")
+            return 1000
+
+    def prepared(*args, **kwargs):
+        source = prepare(*args, **kwargs)
+        source.nbytes = Cancelling()
+        return source
+
+    it.engine.prepare = prepared
+    it.submit(PrepareJob("p", "src", picture()))
+    assert it.final("p").code == "cancelled" and it.worker.stats().sources == 0
+
+
+def test_a_source_that_has_expired_is_let_go_of_without_anybody_asking(line):
+    it = line(source_s=0.05)
+    it.submit(PrepareJob("p", "src", picture()))
+    assert isinstance(it.final("p"), Prepared)
+    it.wait(lambda: not it.worker.sources._kept)
 
 
 # The real engine.
@@ -363,15 +510,19 @@ async def test_a_batch_of_the_real_engine_gives_the_edits_up_to_rounding(real, i
 
 @pytest.mark.parametrize("stage", ["encode", "invert", "reference", "drag", "denoise"])
 async def test_the_real_engine_stops_at_the_step_after_a_cancel(real, intake, stage):
+    seen, over = [], asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def emit(event) -> None:  # in the worker's thread: the engine waits for it
+        seen.append(event)
+        if isinstance(event, Step) and event.stage == stage:
+            assert it.workers.worker.cancel("a")
+        elif isinstance(event, (Edited, Failed)):
+            loop.call_soon_threadsafe(over.set)
+
     async with serving(real, intake) as it:
-        one = EditJob("a", MOVED, drawn(0), settings=QUICK)
-        seen = []
-        async for event in it.workers.edit(one):
-            seen.append(event)
-            if isinstance(event, Step) and event.stage == stage:
-                await it.workers.cancel("a")
-        assert isinstance(seen[-1], Failed) and seen[-1].code == "cancelled"
-        after = [event for event in seen[:-1] if isinstance(event, Step)]
-        # The engine may have been one step ahead of the reader; by the decoding it has stopped.
-        assert "decode" not in {step.stage for step in after} or stage == "denoise"
-        await until(lambda: it.workers.worker.stats().running == 0)
+        it.workers.worker.submit(EditJob("a", MOVED, drawn(0), settings=QUICK), emit)
+        await over.wait()
+    assert isinstance(seen[-1], Failed) and seen[-1].code == "cancelled"
+    assert [event.stage for event in seen[:-1] if isinstance(event, Step)].count(stage) == 1
+    assert isinstance(seen[-2], Step) and seen[-2].stage == stage  # and none after it
