@@ -188,13 +188,13 @@ class DirectDragConfig:
             )
 
     @classmethod
-    def preset(cls, name: str = "default", **changes: Any) -> DirectDragConfig:
+    def preset(cls, name: str = "default", /, **changes: Any) -> DirectDragConfig:
         """A named configuration with changes: default, paper, authors, gooddrag, fast or preview."""
         if name not in PRESETS:
             raise InputError(f"there is no preset {name!r}{_suggest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
         return cls(**PRESETS[name]).changed(**changes)
 
-    def changed(self, **changes: Any) -> DirectDragConfig:
+    def changed(self, /, **changes: Any) -> DirectDragConfig:
         """A copy with some fields changed; InputError for a field that does not exist."""
         for name in changes:
             _rule(name)

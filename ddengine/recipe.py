@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_method(self.method)
         checked_seed(self.seed)
+        check_prompt(self.prompt)
         object.__setattr__(self, "drags", parse_drags(self.drags, *self.image_size))
         self.area()
 
@@ -73,7 +75,13 @@ class Recipe:
         if self.mask is None:
             return None
         try:
-            picture = Image.open(io.BytesIO(self.mask), formats=("PNG",))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its size has to be the picture's
+                picture = Image.open(io.BytesIO(self.mask), formats=("PNG",))
+        except Image.DecompressionBombError as error:  # raised for the size in its header
+            raise InputError(
+                f"the edit's mask has far more pixels than the limit of {MAX_PIXELS} ({error}); save the edit again"
+            ) from error
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise InputError("the edit's mask is no PNG picture; save the edit again") from error
         return checked_mask(picture, self.image_size)
@@ -110,6 +118,17 @@ class Recipe:
     def save(self, path: StrPath) -> Path:
         """Write the file atomically; InputError for another suffix or a path that cannot be written."""
         return atomic_write(check_recipe_path(path), self.to_json().encode())
+
+
+def check_prompt(prompt: str) -> None:
+    """InputError for a prompt that cannot be written in UTF-8, which is what models read."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt has half a surrogate pair (letter {error.start + 1}, {prompt[error.start]!r}), which is no "
+            f"letter of any text; remove it"
+        ) from error
 
 
 def picture_digest(picture: Image.Image) -> str:

@@ -77,6 +77,16 @@ def test_what_is_refused_and_how(changes: dict[str, object], message: str) -> No
         DirectDragConfig.preset("default", **changes)
 
 
+@pytest.mark.parametrize("name", ["self", "cls", "name", "changes", "nothing", ""])
+def test_an_unknown_setting_is_refused_by_its_name_whatever_it_is(name: str) -> None:
+    """Names come from requests and files: those of the methods' own arguments are as unknown as any other."""
+    for change in (DirectDragConfig().changed, DirectDragConfig.preset):
+        with pytest.raises(InputError, match=f"no setting '{name}'"):
+            change(**{name: 1})
+    with pytest.raises(InputError, match=f"no setting '{name}'"):
+        DirectDragConfig().changed_from_strings({name: "1"})
+
+
 def test_an_unknown_preset_gets_a_suggestion() -> None:
     with pytest.raises(InputError, match=r"no preset 'author'.*'authors'.*default, paper"):
         DirectDragConfig.preset("author")

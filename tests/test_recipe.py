@@ -7,6 +7,8 @@ import contextlib
 import copy
 import json
 import shlex
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -126,6 +128,14 @@ def put(*path):
     return change
 
 
+def a_header(width, height):
+    """A PNG, in base64, of that size by what its header says; it holds no pixel."""
+    facts = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (facts, b"IDAT", b"IEND")
+    chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
+
+
 NOT_A_MASK = base64.b64encode(b"\x89PNG no picture").decode()
 WRONG_SIZE = base64.b64encode(mask_png(np.ones((4, 4), np.float32))).decode()
 NOTHING_FREE = base64.b64encode(mask_png(np.zeros(SIZE[::-1], np.float32))).decode()
@@ -166,6 +176,7 @@ NOTHING_FREE = base64.b64encode(mask_png(np.zeros(SIZE[::-1], np.float32))).deco
         (wrong(put("seed", -1)), "seed is -1, not a whole number from 0"),
         (wrong(put("seed", 1.5)), "seed is 1.5"),
         (wrong(put("prompt", "x" * 5000)), "at most 4096 letters"),
+        (wrong(put("prompt", "a \ud800cat")), "half a surrogate pair (letter 3, '\\ud800')"),
         (wrong(put("model", "")), "model is ''"),
         (wrong(put("model", "a\0b")), "model is"),
         (wrong(put("method", "other")), "use one of directdrag"),
@@ -173,6 +184,8 @@ NOTHING_FREE = base64.b64encode(mask_png(np.zeros(SIZE[::-1], np.float32))).deco
         (wrong(put("mask", 3)), "mask is 3"),
         (wrong(put("mask", "§")), "base64"),
         (wrong(put("mask", NOT_A_MASK)), "no PNG picture"),
+        (wrong(put("mask", a_header(20_000, 20_000))), "far more pixels than the limit"),
+        (wrong(put("mask", a_header(10_000, 10_000))), "the mask is 10000 x 10000 = 100000000 pixels, the limit is"),
         (wrong(put("mask", WRONG_SIZE)), "the mask is 4 x 4 pixels"),
         (wrong(put("mask", NOTHING_FREE)), "nothing free to change"),
     ],
@@ -181,6 +194,12 @@ def test_what_is_wrong_is_refused_and_named(text, said):
     with pytest.raises(InputError, match=r"cannot be replayed") as refused:
         parse(text, "edit.json")
     assert said in str(refused.value) and "edit.json" in str(refused.value) and ";" in str(refused.value)
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_it_is_written():
+    assert make(prompt="a \U0001f408 cat").prompt  # beyond the first plane is no half
+    with pytest.raises(InputError, match=r"half a surrogate pair .*remove it"):
+        make(prompt="\udcff")
 
 
 def test_a_file_too_large_or_missing_is_refused(tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ddengine.commands.engine_choice import EngineChoice, choosing_engine
 from ddengine.commands.options import FILE, build_option, prompt_option, size_option, weights_options
 from ddengine.drags import Drag
 from ddengine.errors import InputError
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 @click.option("--set", "settings", type=SettingType(), multiple=True, help="Change one setting of it. Repeatable.")
 @seed_option
 @answering
+@choosing_engine
 def edit(
     image: Path,
     drags: tuple[Drag, ...],
@@ -72,22 +75,14 @@ def edit(
     output: Path,
     mask: Path | None,
     prompt: str,
-    model: str,
-    readout: Path | None,
-    lora: Path | None,
-    vae: Path | None,
-    working_size: int | None,
     identity: bool,
     save_identity: Path | None,
     method: str,
-    backend: str,
-    device: str,
-    dtype: str,
-    build: bool,
     preset: str | None,
     settings: tuple[tuple[str, str], ...],
     seed: int,
     progress: bool,
+    choice: EngineChoice,
 ) -> Answer:
     """Edit IMAGE, a picture or what `ddengine prepare` made of one, by one or more drags."""
     from ddengine.artifacts import check_picture_path, check_tensors_path
@@ -109,9 +104,7 @@ def edit(
         _refuse_beside_from()
         recipe = read_recipe(replayed)
         drags, prompt, method, seed = recipe.drags, recipe.prompt, recipe.method, recipe.seed
-        chosen = _chosen_beside(recipe)
-        model, readout, lora, vae, working_size = (chosen[name] for name in _MODEL)
-        backend, device, dtype = (chosen[name] for name in _WHERE)
+        choice = _choice_beside(choice, recipe)
     elif not drags:
         raise InputError("no drag was given; add --drag X0,Y0:X1,Y1, or --from FILE.json; see ddengine edit --help")
     if save_recipe is not None:
@@ -141,13 +134,10 @@ def edit(
     if picture is not None:
         spaces_for(picture, ANY_SIZE, config)
 
-    from ddengine.engine import Engine
     from ddengine.source import Source
 
     started = time.perf_counter()
-    where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
-    parts: dict[str, Any] = {"readout": readout, "lora": lora, "vae": vae}
-    engine = Engine.load(model=model, size=working_size, **parts, **where)
+    engine = choice.load()
     loading = time.perf_counter() - started
     source = Source.load(image, device=engine.model.device) if made else None
     if recipe is not None and source is not None:
@@ -182,12 +172,7 @@ def edit(
             seed=seed,
             mask=mask_png(area),
             method=method,
-            model=model,
-            **{name: None if part is None else str(part) for name, part in parts.items()},
-            size=working_size,
-            backend=backend,
-            device=device,
-            dtype=dtype,
+            **choice.named(),
         ).save(save_recipe)
     facts = {
         "output": str(output),
@@ -202,7 +187,7 @@ def edit(
             }
             for drag, point in zip(checked, result.handles, strict=True)
         ],
-        "model": model,
+        "model": choice.model,
         "method": method,
         "backend": result.backend,
         "config": config.to_dict(),
@@ -241,23 +226,16 @@ def edit(
     "--kv/--no-kv", default=True, show_default=True, help="Keep keys and values: most of the file, faster edits."
 )
 @answering
+@choosing_engine
 def prepare(
     image: Path,
     output: Path,
     prompt: str,
-    model: str,
-    readout: Path | None,
-    lora: Path | None,
-    vae: Path | None,
-    working_size: int | None,
-    backend: str,
-    device: str,
-    dtype: str,
-    build: bool,
     preset: str,
     settings: tuple[tuple[str, str], ...],
     kv: bool,
     progress: bool,
+    choice: EngineChoice,
 ) -> Answer:
     """Do for IMAGE all that no drag changes; `ddengine edit FILE.safetensors` then pays only for its drags."""
     from ddengine.artifacts import check_tensors_path
@@ -270,11 +248,8 @@ def prepare(
     config = DirectDragConfig.preset(preset).changed_from_strings(dict(settings))
     spaces_for(picture, ANY_SIZE, config)
 
-    from ddengine.engine import Engine
-
     started = time.perf_counter()
-    where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "build": build}
-    engine = Engine.load(model=model, readout=readout, lora=lora, vae=vae, size=working_size, **where)
+    engine = choice.load()
     loading = time.perf_counter() - started
     source = engine.prepare(picture, prompt=prompt, config=config, progress=progress)
     source.save(output, kv=kv)
@@ -283,7 +258,7 @@ def prepare(
         "output": str(output),
         "size": list(picture.size),
         "bytes": {**source.nbytes._asdict(), "file": written},
-        "model": model,
+        "model": choice.model,
         "config": config.to_dict(),
         "timings": {**source.timings, "load": loading, "total": time.perf_counter() - started},
         "passes": source.passes,
@@ -292,11 +267,9 @@ def prepare(
     return facts, f"wrote {output} ({width} x {height}, {written / 2**20:.1f} MiB)"
 
 
-# Parameters of `edit` that a file replayed by --from decides, with their options; then those that may go beside it.
+# Parameters of `edit` that a file replayed by --from decides, with their options.
 _DECIDED = {"drags": "--drag", "mask": "--mask", "prompt": "--prompt", "method": "--method", "preset": "--config",
             "settings": "--set", "seed": "--seed", "identity": "--identity"}  # fmt: skip
-_MODEL = ("model", "readout", "lora", "vae", "working_size")
-_WHERE = ("backend", "device", "dtype")
 
 
 def _given(name: str) -> bool:
@@ -312,11 +285,11 @@ def _refuse_beside_from() -> None:
         )
 
 
-def _chosen_beside(recipe: Recipe) -> dict[str, Any]:
+def _choice_beside(choice: EngineChoice, recipe: Recipe) -> EngineChoice:
     """Model and place of a replayed edit: what was given beside --from, else the file's own."""
-    options = click.get_current_context().params
-    own = {**{name: getattr(recipe, name) for name in (*_MODEL[:4], *_WHERE)}, "working_size": recipe.size}
-    return {name: options[name] if _given(name) else value for name, value in own.items()}
+    own: dict[str, Any] = {"working_size": recipe.size}
+    own |= {name: getattr(recipe, name) for name in ("model", "readout", "lora", "vae", "backend", "device", "dtype")}
+    return replace(choice, **{name: value for name, value in own.items() if not _given(name)})
 
 
 def _edit_text(facts: dict[str, Any]) -> str:

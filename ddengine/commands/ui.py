@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
 import click
 
+from ddengine.commands.engine_choice import EngineChoice, choosing_engine
 from ddengine.commands.options import build_option, size_option, weights_options
 from ddengine.terminal import Answer, answering, engine_options
 
@@ -23,19 +22,8 @@ from ddengine.terminal import Answer, answering, engine_options
 @engine_options
 @build_option
 @answering
-def ui(
-    port: int | None,
-    opening: bool,
-    model: str,
-    readout: Path | None,
-    lora: Path | None,
-    vae: Path | None,
-    working_size: int | None,
-    backend: str,
-    device: str,
-    dtype: str,
-    build: bool,
-) -> Answer:
+@choosing_engine
+def ui(port: int | None, opening: bool, choice: EngineChoice) -> Answer:
     """Edit pictures in a browser, on this machine: click what should move, then where it should go.
 
     The page is at an address of this machine that no other can reach; nothing is sent anywhere. Ctrl-C stops it.
@@ -45,15 +33,10 @@ def ui(
     check_installed()
     bound = open_socket(port)
 
-    from ddengine.engine import Engine
     from ddengine.ui.editor import Described, Editor
 
     try:
-        parts: dict[str, Any] = {"readout": readout, "lora": lora, "vae": vae}
-        where: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
-        engine = Engine.load(model=model, size=working_size, build=build, **parts, **where)
-        named: dict[str, Any] = {name: None if part is None else str(part) for name, part in parts.items()}
-        editor = Editor(engine, Described(model=model, size=working_size, **named, **where))
+        editor = Editor(choice.load(), Described(**choice.named()))
         address = "http://{}:{}".format(*bound.getsockname())
         with running(editor, bound) as server:
             click.echo(f"the editor is at {address} (Ctrl-C stops it)", err=True)

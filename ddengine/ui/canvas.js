@@ -7,6 +7,7 @@ const STEP = 5; // screen pixels of movement that make a pull of a click
 let value = {}, from = null, cursor = null;
 
 function show() {
+  const begins = !value.busy && props.value && props.value.busy;
   value = props.value || {};
   frame.classList.toggle("dd-empty", !value.src);
   frame.classList.toggle("dd-busy", !!value.busy);
@@ -15,6 +16,17 @@ function show() {
   picture.alt = value.alt || "";
   picture.hidden = !value.src;
   if (value.src && picture.src !== value.src) picture.src = value.src;
+  if (begins) [200, 800].forEach((wait) => setTimeout(look, wait)); // when the page has taken in all that changed
+}
+// On a telephone the button that runs is below the picture: where there is room for both and how far the edit is, all are shown.
+function look() {
+  const go = document.querySelector("#dd-go");
+  if (!go) return;
+  const box = frame.getBoundingClientRect();
+  const bottom = Math.max(box.bottom, go.getBoundingClientRect().bottom + 64);
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (bottom - box.top + 12 <= innerHeight && (box.top < 0 || bottom > innerHeight))
+    frame.scrollIntoView({ behavior: calm ? "auto" : "smooth" });
 }
 watch("value", show);
 show();

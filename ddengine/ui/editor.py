@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -50,6 +51,7 @@ class Editor:
     def __init__(self, engine: Engine, described: Described | None = None, limits: Limits | None = None) -> None:
         self.engine, self.described = engine, described or Described()
         self.lane = Lane()
+        self._starting = threading.Lock()  # of an edit: two clicks at once are answered on two threads
         self.shelf = Shelf(limits)
         self.shelf.on_drop(self._stop)
         self.examples: dict[str, Example] = {example.name: example for example in examples()}
@@ -80,8 +82,10 @@ class Editor:
 
     def _open(self, session: Session, name: str, image: Image.Image) -> None:
         spaces_for(image, ANY_SIZE, DirectDragConfig())  # for its refusals
-        self._stop(session)
-        session.open(Picture.of(name, image))
+        picture = Picture.of(name, image)
+        with self._starting:
+            self._stop(session)
+            session.open(picture)
 
     def has_example_arrows(self, session: Session) -> bool:
         """Whether the open picture is an example, which comes with arrows."""
@@ -143,11 +147,10 @@ class Editor:
 
         Raises InputError where there is nothing to edit, another edit of the page runs, or the queue is full.
         """
-        if self.busy(session):
-            raise InputError("an edit of this page runs already; wait for it or cancel it")
+        self._check_free(session)
+        original = session.original  # first: if it still is at the end, all below are of the same picture
         recipe, base, arrows = self.recipe(session, config, prompt), session.base, session.arrows
-        assert base is not None
-        original = session.original or base
+        assert original is not None and base is not None
         held = self.shelf.source(session.key, base, recipe.prompt, config)
 
         def work(job: Job) -> Done:
@@ -171,19 +174,30 @@ class Editor:
             return done
 
         job = Job(work, plan_of(config, prepared=held is not None), tuple(drag.target for drag in arrows.drags))
-        self.lane.add(job)
-        session.job = job
+        with self._starting:
+            self._check_free(session)
+            if session.original is not original:
+                raise InputError("another picture was opened just now; run its edit instead")
+            self.lane.add(job)
+            session.job = job
+        if not self.shelf.holds(session):  # left meanwhile: then it is not known that `_stop` saw this job
+            self.lane.cancel(job)
         return job
 
     def busy(self, session: Session) -> bool:
         """Whether an edit of the session waits or runs."""
         return session.job is not None and not session.job.ended.is_set()
 
+    def _check_free(self, session: Session) -> None:
+        if self.busy(session):
+            raise InputError("an edit of this page runs already; wait for it or cancel it")
+
     def cancel(self, session: Session) -> bool:
         """Stop the session's edit; whether there was one."""
-        if session.job is None or session.job.ended.is_set():
+        job = session.job
+        if job is None or job.ended.is_set():
             return False
-        self.lane.cancel(session.job)
+        self.lane.cancel(job)
         return True
 
     def snippets(self, done: Done) -> tuple[str, str, str]:

@@ -23,7 +23,7 @@ _CANVAS = """
   <img hidden alt="">
   <svg aria-hidden="true"><line visibility="hidden"></line></svg>
   <svg aria-hidden="true" viewBox="0 0 1000 1000" preserveAspectRatio="none"><path visibility="hidden"></path></svg>
-  <p class="dd-wanted">Choose an example above, or open a picture of your own.<br>You can also drop one here.</p>
+  <p class="dd-wanted">No picture is open yet.<span class="dd-mouse">You can also drop one here.</span></p>
 </div>
 """
 _EXAMPLES_JS = """
@@ -32,13 +32,20 @@ element.addEventListener('click', (event) => {
   if (button) trigger('choose', { name: button.dataset.name });
 });
 """
-# A result is what the user waits for: brought into view where it is not.
+# A result is what the user waits for: brought into view where it is not, once its pictures are there.
 _SHOW_RESULT_JS = """
-watch('value', () => {
-  const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
+function show(tries) {
   const place = document.querySelector('#dd-result');
-  if (props.value && place) setTimeout(() => place.scrollIntoView({ behavior: calm ? 'auto' : 'smooth' }), 150);
-});
+  const pictures = place ? [...place.querySelectorAll('#dd-slider img')] : [];
+  if (!pictures.length || !pictures.every((one) => one.complete && one.naturalWidth)) {
+    if (tries) setTimeout(show, 100, tries - 1);
+    return;
+  }
+  const box = place.getBoundingClientRect();
+  const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
+  if (box.top < 0 || box.bottom > innerHeight) place.scrollIntoView({ behavior: calm ? 'auto' : 'smooth' });
+}
+watch('value', () => { if (String(props.value).includes('dd-done')) setTimeout(show, 100, 100); });
 """
 
 
@@ -104,7 +111,7 @@ class Layout:
         with gr.Row(elem_id="dd-go"):
             self.run = gr.Button("Run", variant="primary", size="lg", scale=3, min_width=140, elem_id="dd-run")
             self.cancel = gr.Button("Cancel", size="lg", interactive=False, scale=1, min_width=90, elem_id="dd-cancel")
-        self.status = _html("", elem_id="dd-status")
+        self.status = _html("", js_on_load=_SHOW_RESULT_JS, elem_id="dd-status")
         with gr.Group():
             for name in settings.FRONT:
                 self.fields[name] = _component(settings.field_of(name))
@@ -125,19 +132,20 @@ class Layout:
                         self.fields[field.name] = _component(field)
 
     def _lay_out_result(self) -> None:
-        self.facts = _html("", js_on_load=_SHOW_RESULT_JS, elem_id="dd-facts")
+        self.facts = _html("", elem_id="dd-facts")
         self.get_result = gr.DownloadButton("Download the result", variant="primary", size="md")
         with gr.Row():
             self.get_recipe = gr.DownloadButton("Edit (JSON)", size="md", min_width=130)
             self.get_base = gr.DownloadButton("Picture before", size="md", min_width=130)
+        # No language: Gradio's colours for one are too pale to read on white.
         code: dict[str, Any] = {"interactive": False, "show_line_numbers": False, "wrap_lines": True, "lines": 3}
         with gr.Tabs(elem_id="dd-code"):
             with gr.Tab("Command"):
-                self.command = gr.Code(language="shell", label="The same edit", buttons=["copy"], **code)
+                self.command = gr.Code(label="The same edit", buttons=["copy"], **code)
             with gr.Tab("Python"):
-                self.python = gr.Code(language="python", label="The same edit", buttons=["copy"], **code)
+                self.python = gr.Code(label="The same edit", buttons=["copy"], **code)
             with gr.Tab("Replay"):
-                self.replay = gr.Code(language="shell", label="The JSON, to the same pixels", buttons=["copy"], **code)
+                self.replay = gr.Code(label="The JSON, to the same pixels", buttons=["copy"], **code)
 
     def _examples(self) -> str:
         buttons = []

@@ -33,7 +33,7 @@ class Page(Layout):
 
     def __init__(self, editor: Editor, keep: Files) -> None:
         self.keep = keep
-        with gr.Blocks(title="ddengine", analytics_enabled=False, delete_cache=(600, 6 * 3600)) as self.blocks:
+        with gr.Blocks(title="ddengine", analytics_enabled=False) as self.blocks:
             super().__init__(editor)
             self._connect()
         # Edits wait in the editor's own lane, which shows them; so many pages may wait at once.
@@ -117,6 +117,7 @@ class Page(Layout):
         }
 
     def _opened(self, session: Session, masked: bool, values: tuple[Any, ...]) -> Changes:
+        self.keep.drop(session.key)  # of the picture before
         return {
             **self._seen(session, masked, values),
             self.result: gr.update(visible=False),
@@ -236,9 +237,13 @@ class Page(Layout):
             self.cancel: gr.update(interactive=False),
             **self._seen(session, masked, values),
         }
-        if isinstance(job.result, Done):
-            yield {**idle, **self._finished(session, job.result)}
-        elif job.cancelled:
+        if isinstance(job.result, Done) and session.last is job.result:
+            try:
+                end = self._finished(session, job.result)
+            except Exception as error:  # its files cannot be written
+                end = {self.status: "", self.notice: words.notice(_message(error))}
+            yield {**idle, **end}
+        elif job.cancelled or job.result:  # or another picture was opened as it ended
             yield {**idle, self.status: "", self.notice: words.notice("Cancelled; nothing was lost", "note")}
         else:
             yield {**idle, self.status: "", self.notice: words.notice(job.error or "the edit ended without a result")}
@@ -261,12 +266,11 @@ class Page(Layout):
                 time.sleep(POLL)  # a browser need not see more
 
     def _finished(self, session: Session, done: Done) -> Changes:
-        paths = self.keep.write(session.key, done)
-        factor = View(done.base.image.size)
+        paths = self.keep.write(session, done)
         python, command, replay = self.editor.snippets(done)
         return {
             self.result: gr.update(visible=True),
-            self.slider: tuple(factor.enlarge(picture.image) for picture in (done.base, done.edited)),
+            self.slider: tuple(map(str, paths.shown)),
             self.facts: words.facts(done),
             self.status: words.outcome(done),
             **self._bases(session),

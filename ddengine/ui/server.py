@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 
 from ddengine.errors import BackendUnavailable, InputError
 from ddengine.ui.editor import Editor
+from ddengine.ui.files import Files, sweep
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost")
 FIRST_PORT, TRIED_PORTS = 7860, 20
 MAX_UPLOAD = "64mb"
-PURGE_SECONDS = 60.0
+PURGE_SECONDS = 30.0  # between two looks for what is too old
+UPLOAD_SECONDS = 120.0  # that an upload stays on disk: it is read at once, and never again
 # The page may load nothing but from here; scripts are Gradio's own, which makes some of them from text.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -83,7 +85,7 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        if not allowed(dict(scope["headers"])):
+        if not allowed(dict(scope["headers"])) or fetches(scope["path"]):
             if scope["type"] == "http":
                 body = b"This editor answers only its own page on this machine.\n"
                 head = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
@@ -107,16 +109,27 @@ class Guard:
 
 
 def allowed(headers: dict[bytes, bytes]) -> bool:
-    """Whether a request's Host is this machine's and its Origin, if any, is too."""
+    """Whether a request's Host is this machine's and its Origin, if any, is the page at just that name and port."""
+    host = _name_and_port("http://" + headers.get(b"host", b"").decode("latin-1"))
+    origin = headers.get(b"origin")
+    return host is not None and (origin is None or _name_and_port(origin.decode("latin-1")) == host)
 
-    def own(address: str) -> bool:
-        try:
-            return urlsplit(address).hostname in NAMES
-        except ValueError:
-            return False
 
-    origin = headers.get(b"origin", b"").decode("latin-1")
-    return own("//" + headers.get(b"host", b"").decode("latin-1")) and (not origin or own(origin))
+def _name_and_port(address: str) -> tuple[str, int] | None:
+    """Where an http address of this machine leads; None for any other address."""
+    try:
+        parts = urlsplit(address)
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if name not in NAMES or f"{parts.scheme}://{parts.netloc}" != address or parts.username is not None:
+        return None
+    return (name, 80 if port is None else port) if parts.scheme == "http" else None
+
+
+def fetches(path: str) -> bool:
+    """Whether Gradio would answer a path with what it gets from another host: `file=` and `proxy=` with an address."""
+    return "://" in path or "/proxy=" in path
 
 
 @contextmanager
@@ -125,11 +138,12 @@ def running(editor: Editor, bound: socket.socket) -> Iterator[Any]:
     os.environ.update(_QUIET)  # before Gradio is imported
     with tempfile.TemporaryDirectory(prefix="ddengine-ui-", ignore_cleanup_errors=True) as folder:
         before = os.environ.get("GRADIO_TEMP_DIR")
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "gradio")
+        uploads = Path(folder).resolve() / "gradio"
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
         stopped = threading.Event()
         try:
-            server = _server(editor, Path(folder))
-            threading.Thread(target=_purge, args=(editor, stopped), daemon=True).start()
+            server = _server(editor, Path(folder).resolve())
+            threading.Thread(target=_purge, args=(editor, uploads, stopped), daemon=True).start()
             yield server
         finally:
             stopped.set()
@@ -146,12 +160,12 @@ def _server(editor: Editor, folder: Path) -> Any:
     import uvicorn
     from fastapi import FastAPI
 
-    from ddengine.ui.files import Files
     from ddengine.ui.layout import style
     from ddengine.ui.page import Page
 
-    keep = Files(folder / "edits")
+    keep = Files(folder / "edits", editor.shelf.holds)
     editor.shelf.on_drop(lambda session: keep.drop(session.key))
+    gr.set_static_paths(keep.folder)  # Gradio hands out these files themselves, not copies that outlive them
     plain = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def mounted() -> App:  # in a loop, because else Gradio opens several and closes none
@@ -195,10 +209,14 @@ def theme() -> Any:
     sans = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
     plain = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
-    # Grey that is still read easily: 4.8 times the contrast of white, where Gradio's own has 2.6.
-    return plain.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
+    # Grey that is still read easily: 4.8 times the contrast of white, where Gradio's own has 2.6; rings that are seen.
+    return plain.set(
+        body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500",
+        checkbox_border_color="*neutral_400", checkbox_border_color_dark="*neutral_500",
+    )  # fmt: skip
 
 
-def _purge(editor: Editor, stopped: threading.Event) -> None:
+def _purge(editor: Editor, uploads: Path, stopped: threading.Event) -> None:
     while not stopped.wait(PURGE_SECONDS):
         editor.shelf.purge()
+        sweep(uploads, UPLOAD_SECONDS)

@@ -134,18 +134,31 @@ class Shelf:
             found = self._sessions.pop(key, None) or Session(key)
             found.used = self._clock()
             self._sessions[key] = found
-            self.purge(keep=key)
-            return found
+        self.purge(keep=key)
+        return found
+
+    def holds(self, session: Session) -> bool:
+        """Whether a session is on the shelf still; once it is not, everyone has been told of it or is about to be."""
+        with self._lock:
+            return self._sessions.get(session.key) is session
 
     def drop(self, key: str) -> None:
         """Forget a session, its sources too."""
         with self._lock:
-            found = self._sessions.pop(key, None)
-            for place in [place for place in self._sources if place[0] == key]:
-                del self._sources[place]
-        if found is not None:
+            found = self._taken(key)
+        self._tell(found)
+
+    def _taken(self, key: str) -> list[Session]:
+        for place in [place for place in self._sources if place[0] == key]:
+            del self._sources[place]
+        found = self._sessions.pop(key, None)
+        return [] if found is None else [found]
+
+    def _tell(self, sessions: list[Session]) -> None:
+        """Without the lock: who is told may wait for a lock of its own, whose holder looks at this shelf."""
+        for session in sessions:
             for told in self._dropped:
-                told(found)
+                told(session)
 
     def source(self, key: str, picture: Picture, prompt: str, config: DirectDragConfig) -> Source | None:
         """The session's own source of a picture, if there is one that serves such an edit."""
@@ -164,11 +177,12 @@ class Shelf:
                 self._sources.pop((key, id(picture)), None)
                 # With the picture, so that no other can come to have its id.
                 self._sources[key, id(picture)] = (self._clock(), picture, source)
-                self.purge(keep=key)
+        self.purge(keep=key)
 
     def purge(self, keep: str | None = None) -> None:
         """Let go what is too old or too much; `keep`: a session that stays."""
         limits, now = self.limits, self._clock()
+        left: list[Session] = []
         with self._lock:
             held = sum(source.nbytes.total for _, _, source in self._sources.values())
             for place, (used, _, source) in list(self._sources.items()):
@@ -182,7 +196,8 @@ class Shelf:
                 busy = session.job is not None and not session.job.ended.is_set()
                 if key != keep and (over or (now - session.used > limits.session_seconds and not busy)):
                     held -= session.nbytes
-                    self.drop(key)
+                    left += self._taken(key)
+        self._tell(left)
 
     def __len__(self) -> int:
         return len(self._sessions)

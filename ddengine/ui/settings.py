@@ -47,7 +47,7 @@ class Field:
 def field_of(name: str) -> Field:
     """The form's field of one setting."""
     rule = RULES[name]
-    label, info = FRONT.get(name, (name, f"{rule.doc[0].upper()}{rule.doc[1:]}: {rule.describe()}"))
+    label, info = FRONT.get(name, (name, sentence(f"{rule.doc}: {rule.describe()}")))
     if rule.choices and rule.kind is bool:
         return Field(name, label, info, "choice", (*rule.choices, "true", "false"))
     if rule.choices:
@@ -103,6 +103,11 @@ def config_of(values: Sequence[Any]) -> DirectDragConfig:
 def preset_of(config: DirectDragConfig) -> str | None:
     """The preset that a configuration is, if it is one."""
     return next((name for name in (*PRESET_WORDS, *OTHER_PRESETS) if DirectDragConfig.preset(name) == config), None)
+
+
+def sentence(text: str) -> str:
+    """A text that begins with a capital letter, unless it begins with the name of a setting."""
+    return text if text.partition(" ")[0] in RULES else text[:1].upper() + text[1:]
 
 
 def _shown(field: Field, value: Any) -> Any:

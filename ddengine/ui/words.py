@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Iterable
+from pathlib import PurePath
 
-from ddengine.config import RULES
 from ddengine.ui.editor import Editor, arrived
 from ddengine.ui.lane import Job
 from ddengine.ui.session import Done, Session
+from ddengine.ui.settings import sentence
 
 STAGES = {
     "load": "loading",
@@ -29,9 +30,7 @@ def notice(message: str, kind: str = "error") -> str:
     if not message:
         return ""
     role = "alert" if kind == "error" else "status"
-    if message.partition(" ")[0] not in RULES:  # a setting keeps its name
-        message = message[:1].upper() + message[1:]
-    return f'<div class="dd-notice dd-{kind}" role="{role}">{html.escape(message)}</div>'
+    return f'<div class="dd-notice dd-{kind}" role="{role}">{html.escape(sentence(message))}</div>'
 
 
 def hint(session: Session, busy: bool = False) -> str:
@@ -40,7 +39,9 @@ def hint(session: Session, busy: bool = False) -> str:
         return '<p class="dd-hint">Choose an example or open a picture of your own.</p>'
     width, height = session.base.image.size
     file = f'<span class="dd-file">{html.escape(session.base.name)}, {width} x {height}</span>'
-    said = "Red is where the point is now, blue where it goes." if busy else session.arrows.hint()
+    said = session.arrows.hint()
+    if busy:
+        said = "Red is where the point is now, blue where it goes. The picture is coarse until the end."
     return f'<p class="dd-hint"><span role="status">{said}</span>{file}</p>'
 
 
@@ -81,7 +82,8 @@ def outcome(done: Done) -> str:
     text = f"Done in {done.seconds:.1f} s."
     if done.saved:
         text += f" The picture was prepared before: {done.saved:.1f} s saved."
-    return f'<div class="dd-status"><div class="dd-line"><span role="status">{html.escape(text)}</span></div></div>'
+    line = f'<div class="dd-line"><span role="status">{html.escape(text)}</span></div>'
+    return f'<div class="dd-status dd-done">{line}</div>'  # by that name the page knows that there is a result
 
 
 def facts(done: Done) -> str:
@@ -100,6 +102,7 @@ def facts(done: Done) -> str:
     stages = [(STAGES.get(stage, stage), f"{timings[stage]:.2f} s") for stage in ("warp", "drag", "denoise", "decode")]
     before = "saved this time" if done.saved else "once a picture"
     stages.insert(0, (f"preparing ({before})", f"{done.saved or done.prepared:.2f} s"))
+    stages.append(("in all", f"{done.seconds:.2f} s"))
     backend = done.result.backend.get("drag", "")
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in done.result.notes)
     more = f'<p class="dd-small">Drag steps ran on {html.escape(backend)}.</p>' if backend else ""
@@ -111,7 +114,9 @@ def about(editor: Editor) -> str:
     """What edits here: the model and where it computes."""
     model = editor.engine.model
     name = editor.described.model
-    return f"{html.escape(str(name))} model, {model.size} px, {html.escape(str(model.device))}"
+    short = PurePath(name).name or name  # of a folder or a hub's id
+    where = html.escape(str(model.device).replace("cpu", "CPU"))
+    return f'<span title="{html.escape(name)}">{html.escape(short)} model</span>, {model.size} px, {where}'
 
 
 def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

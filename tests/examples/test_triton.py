@@ -213,6 +213,24 @@ def test_a_cancelled_request_stops_at_the_next_step(model: Any, few_steps: None,
     assert response.error.code == TritonError.CANCELLED and request.looked == looks
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("CUDA error: secret"), MemoryError("secret"), KeyError("secret")])
+def test_what_nobody_expected_is_an_answer_and_a_line_in_the_log(
+    model: Any, few_steps: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
+) -> None:
+    edit = model.engine.edit
+
+    def fail_once(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(model.engine, "edit", edit)
+        raise fault
+
+    monkeypatch.setattr(model.engine, "edit", fail_once)
+    request = Request({"image": picture(), "drags": np.array([[20, 30, 34, 30]], np.float32)}, config="preview")
+    failed, made = model.execute([request, request])
+    assert failed.error.code == TritonError.INTERNAL and type(fault).__name__ in str(failed.error)
+    assert "secret" not in str(failed.error) and "secret" in caplog.text
+    assert made.error is None and made.output_tensors
+
+
 def test_an_unknown_preset_is_the_requests_own_fault(model: Any) -> None:
     request = Request({"image": picture(), "drags": np.zeros((1, 4), np.float32)}, config="nothing")
     (response,) = model.execute([request])

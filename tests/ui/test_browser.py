@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from PIL import Image
 from ddengine.config import PRESETS
 from ddengine.image import read_image
 from ddengine.recipe import read_recipe
+from ddengine.ui.files import sweep
+from ddengine.ui.lane import Job
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -24,6 +29,11 @@ pytestmark = [
 FEW = {"n_inference_step": 8, "drag_end_step": 2, "track_per_step": 5, "max_drag_per_track": 2}
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 PATIENCE = 120_000  # milliseconds, on busy machines
+# Whether an element begins in view.
+IN_VIEW = """wanted => {
+  const box = document.querySelector(wanted).getBoundingClientRect();
+  return box.height > 0 && box.top >= 0 && box.top < innerHeight / 2;
+}"""
 HANDLE, TARGET = (194, 74), (209, 54)
 
 
@@ -59,16 +69,22 @@ class Visit:
         box = self.page.locator(".dd-frame").bounding_box()
         return {"x": (x + 0.5) / 256 * box["width"], "y": (y + 0.5) / 256 * box["height"]}
 
-    def click(self, point):
-        """A click on the picture, and the picture that it leads to."""
-        before = self.page.get_attribute(".dd-frame img", "src")
-        self.page.locator(".dd-frame").click(position=self.at(*point))
-        self.page.wait_for_function("src => document.querySelector('.dd-frame img').src !== src", arg=before)
+    def click(self, point, tap=False):
+        """A click on the picture, or a tap, and the picture that it leads to."""
+        before, frame = self.source(), self.page.locator(".dd-frame")
+        (frame.tap if tap else frame.click)(position=self.at(*point))
+        self.after(before)
         return self.shown()
 
+    def source(self):
+        return self.page.get_attribute(".dd-frame img", "src")
+
+    def after(self, source):
+        """Wait for another picture than the one of that address."""
+        self.page.wait_for_function("src => document.querySelector('.dd-frame img').src !== src", arg=source)
+
     def shown(self):
-        src = self.page.get_attribute(".dd-frame img", "src")
-        data = base64.b64decode(src.split(",")[1])
+        data = base64.b64decode(self.source().split(",")[1])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
     def arrows(self):
@@ -85,6 +101,34 @@ class Visit:
         self.context.close()
 
 
+class Gates:
+    """Makes edits wait at these drag steps, until the step is opened or the edit is cancelled."""
+
+    def __init__(self, monkeypatch, *steps):
+        self.open = {step: threading.Event() for step in steps}
+        tell = Job.tell
+
+        def held(job, at):
+            tell(job, at)
+            gate, deadline = self.open.get(at.step), time.monotonic() + PATIENCE / 1000
+            while at.stage == "drag" and gate and not gate.wait(0.02) and time.monotonic() < deadline:
+                tell(job, at)  # which raises once it is cancelled
+
+        monkeypatch.setattr(Job, "tell", held)
+
+
+def eventually(true):
+    """Wait until it is, as long as a busy machine may take."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+def files_below(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.fixture
 def visit(browser, served, monkeypatch):
     monkeypatch.setitem(PRESETS, "preview", {**PRESETS["preview"], **FEW})
@@ -99,8 +143,11 @@ def red(picture, x, y):
     return r > 200 and g < 120 and b < 120
 
 
-def test_from_a_picture_to_its_edit(visit, served, tmp_path):
+def test_from_a_picture_to_its_edit(visit, served, tmp_path, monkeypatch):
     page = visit.page
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    edits = uploads.parent / "edits"
+    before_all = files_below(uploads.parent)
     plain = visit.shown()
     assert not red(plain, *HANDLE)
     begun = visit.click(HANDLE)
@@ -108,22 +155,29 @@ def test_from_a_picture_to_its_edit(visit, served, tmp_path):
     drawn = visit.click(TARGET)
     assert red(drawn, *HANDLE) and visit.arrows() == ["194, 74 → 209, 54"]
     assert (drawn[500:, 10:60] < plain[500:, 10:60] - 10).all(), "the veil lies far from the arrow"
-    before = page.get_attribute(".dd-frame img", "src")
+    before = visit.source()
     page.locator("#dd-masked input").uncheck()
-    page.wait_for_function("src => document.querySelector('.dd-frame img').src !== src", arg=before)
+    visit.after(before)
     assert np.abs(visit.shown()[500:, 10:60] - plain[500:, 10:60]).max() < 10
 
     visit.preset("Quick look")
     page.wait_for_function("() => document.querySelector('#dd-set-drag_end_step input').value === '2'")
+    gates, before = Gates(monkeypatch, 2, 8), visit.source()
     visit.press("Run")
-    stages, handles = set(), set()
-    deadline = time.monotonic() + PATIENCE / 1000
-    while not page.locator("#dd-slider img").count() and time.monotonic() < deadline:
-        stages.add(" ".join(page.inner_text("#dd-status").split()[:1]))
-        handles.add(page.get_attribute(".dd-frame img", "src"))
-        page.wait_for_timeout(50)
-    assert {"Dragging"} & stages, stages
-    assert len(handles) > 2, "handles move over previews"
+    page.get_by_text("Dragging step 2 of 20").wait_for()
+    visit.after(before)
+    before = visit.source()
+    gates.open[2].set()
+    page.get_by_text("Dragging step 8 of 20").wait_for()
+    visit.after(before)  # handles move over previews
+    gates.open[8].set()
+    page.wait_for_selector("#dd-slider img")
+
+    page.wait_for_function(IN_VIEW, arg="#dd-result")  # which lay below the fold
+    marks = page.evaluate(
+        "[...document.querySelectorAll('input[type=radio]:checked')].map(one => getComputedStyle(one).backgroundColor)"
+    )
+    assert len(marks) == 2 and not {"rgb(255, 255, 255)", "rgba(0, 0, 0, 0)"} & set(marks), "their dots are white"
 
     with page.expect_download() as kept:
         page.get_by_role("link", name="Download the result").or_(
@@ -146,19 +200,28 @@ def test_from_a_picture_to_its_edit(visit, served, tmp_path):
 
     visit.press("Run")
     page.get_by_text("The picture was prepared before").wait_for()
+    # On disk: the last edit's files, of which Gradio made no copies; none of a picture or page that is left.
+    kept = [str(path.relative_to(edits)).split(os.sep, 1)[1] for path in files_below(edits)]
+    assert kept == ["cat-edit2.json", "cat-edit2.png", "cat.png", "shown/after.png", "shown/before.png"]
+    assert files_below(uploads.parent) == sorted([*before_all, *files_below(edits)])
+    visit.open("hill")
+    assert not files_below(edits) and not page.locator("#dd-slider").is_visible()
+    visit.press("Example's arrow")
+    page.wait_for_selector("#dd-list li")
+    visit.press("Run")
+    page.wait_for_selector("#dd-slider img")
+    assert files_below(edits)
     visit.end()
-    for _ in range(100):  # a page that is left leaves nothing behind
-        if not len(served.editor.shelf):
-            break
-        time.sleep(0.1)
+    assert eventually(lambda: not len(served.editor.shelf) and not files_below(edits))
     assert served.editor.shelf.held == {"sessions": 0, "picture_bytes": 0, "sources": 0, "source_bytes": 0}
 
 
-def test_a_running_edit_is_cancelled_and_another_page_waits(visit, browser, served):
+def test_a_running_edit_is_cancelled_and_another_page_waits(visit, browser, served, monkeypatch):
     visit.click(HANDLE)
     visit.click(TARGET)
+    Gates(monkeypatch, 2)  # never opened: the edit runs until it is cancelled
     visit.press("Run")
-    visit.page.get_by_text("Dragging step").wait_for()
+    visit.page.get_by_text("Dragging step 2").wait_for()
     visit.page.locator(".dd-frame").click(position=visit.at(50, 50))
     visit.press("Undo")
     visit.page.get_by_role("alert").get_by_text("The edit still runs").wait_for()
@@ -238,20 +301,38 @@ def test_what_is_wrong_is_said_and_nothing_is_lost(visit, tmp_path):
     Image.effect_noise((700, 300), 60).convert("RGB").save(good)
     page.set_input_files("#dd-pictures input[type=file]", good)
     page.get_by_text("my photograph.jpg, 700 x 300").wait_for()
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert "my photograph.jpg" in {path.name for path in files_below(uploads)}
+    sweep(uploads, -1)  # which are read already: the page goes on without them
+    assert not files_below(uploads)
+    visit.press("Undo")
+    visit.click((128, 40))
     visit.end()
 
 
-def test_on_a_telephone_it_fits_and_fingers_work(browser, served):
+def test_on_a_telephone_it_fits_and_fingers_work(browser, served, monkeypatch):
+    monkeypatch.setitem(PRESETS, "preview", {**PRESETS["preview"], **FEW})
     visit = Visit(
         browser, served, viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True, has_touch=True
     )
     page = visit.page
+    page.locator("#dd-run").tap()
+    page.get_by_role("alert").get_by_text("There is no arrow yet").wait_for()
+    page.wait_for_function(IN_VIEW, arg="#dd-notice")  # though its place is above the picture
     for point in (HANDLE, TARGET):
-        page.locator(".dd-frame").tap(position=visit.at(*point))
-        page.wait_for_timeout(400)
+        visit.click(point, tap=True)
     page.wait_for_selector("#dd-list li")
     (arrow,) = visit.arrows()
     assert arrow.startswith(("194, 74", "193, 7", "195, 7")), arrow
+    gates = Gates(monkeypatch, 2)
+    visit.preset("Quick look")
+    page.locator("#dd-run").tap()
+    page.get_by_text("Dragging step 2 of").wait_for()
+    page.wait_for_function(IN_VIEW, arg=".dd-frame")  # with how far it is
+    page.wait_for_function("document.querySelector('#dd-status').getBoundingClientRect().bottom <= innerHeight")
+    gates.open[2].set()
+    page.wait_for_selector("#dd-slider img")
+    page.wait_for_function(IN_VIEW, arg="#dd-result")
     page.get_by_role("button", name="Advanced").click()
     page.wait_for_selector("#dd-set-r2 input")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

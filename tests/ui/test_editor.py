@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from ddengine.engine import Engine
 from ddengine.errors import InputError
 from ddengine.ui import words
 from ddengine.ui.editor import Described, Editor, arrived, file_name
-from ddengine.ui.files import Files
+from ddengine.ui.files import Files, sweep
 
 FEW = {"n_inference_step": 8, "drag_end_step": 1, "track_per_step": 2, "max_drag_per_track": 1}
 CONFIG = DirectDragConfig.preset("preview", **FEW)
@@ -46,6 +48,8 @@ def test_an_example_is_edited_twice_and_the_second_pays_less(editor, session, tm
     editor.example_arrows(session)
     assert session.arrows.drags == editor.examples["cat"].drags
     first = finished(editor.run(session, CONFIG))
+    keep = Files(tmp_path / "kept", editor.shelf.holds)
+    old = keep.write(session, first)
     assert first.saved == 0 and first.prepared > 0 and editor.shelf.held["sources"] == 1
     again = finished(editor.run(session, CONFIG.changed(r2=14)))
     assert again.prepared == 0 and again.saved > 0 and "prepared before" in words.outcome(again)
@@ -55,8 +59,9 @@ def test_an_example_is_edited_twice_and_the_second_pays_less(editor, session, tm
 
     # What the page hands out makes the same pixels.
     monkeypatch.chdir(tmp_path)
-    keep = Files(tmp_path / "kept")
-    old, paths = keep.write("key", first), keep.write("key", again)
+    paths = keep.write(session, again)
+    with pytest.raises(InputError, match="another picture opened, as its edit ended"):
+        keep.write(session, first)
     assert not old.result.exists() and paths.result.name == "cat-edit2.png"
     for path in (paths.base, paths.recipe):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -70,13 +75,42 @@ def test_an_example_is_edited_twice_and_the_second_pays_less(editor, session, tm
         done = CliRunner().invoke(main, shlex.split(line)[1:])
         assert done.exit_code == 0, done.output
         np.testing.assert_array_equal(np.asarray(Image.open("cat-edit2.png")), wanted, err_msg=line)
-    keep.drop("key")
-    assert not paths.result.exists()
+    for path, shown in zip(paths.shown, (again.base, again.edited), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(shown.shown))
+    keep.drop(session.key)
+    assert not paths.result.exists() and not list(keep.folder.iterdir())
 
     # And the result can be edited on.
     session.choose("cat-edit2.png")
     third = finished(editor.run(session, CONFIG))
     assert third.base is again.edited and third.edited.name == "cat-edit3.png" and third.prepared > 0
+
+
+def test_a_model_that_reads_takes_a_prompt_and_another_one_ignores_it(editor, session, golden):
+    editor.open_example(session, "cat")
+    editor.example_arrows(session)
+    assert not editor.takes_prompts() and editor.recipe(session, CONFIG, "a cat").prompt == ""
+    reader = Editor(
+        Engine.load(golden / "tiny-sd", device="cpu"), Described(model=str(golden / "tiny-sd"), device="cpu")
+    )
+    try:
+        own = reader.shelf.session("own")
+        reader.open_example(own, "cat")
+        reader.example_arrows(own)
+        with pytest.raises(InputError, match="half a surrogate"):
+            reader.run(own, CONFIG, "a cat \ud83d")
+        edits = [finished(reader.run(own, CONFIG, prompt)) for prompt in ("a cat", "a cat", "a dog")]
+        assert [done.saved > 0 for done in edits] == [False, True, False]
+        assert [done.recipe.prompt for done in edits] == ["a cat", "a cat", "a dog"]
+        assert all(
+            text in code
+            for text, code in zip(('"a dog"', "--prompt 'a dog'"), reader.snippets(edits[2])[:2], strict=True)
+        )
+        first, _, other = (np.asarray(done.edited.image) for done in edits)
+        assert (first != other).any()
+        assert "tiny-sd model" in words.about(reader) and f">{golden}" not in words.about(reader)
+    finally:
+        reader.close()
 
 
 def test_the_mask_shown_before_is_the_mask_of_the_edit(editor, session):
@@ -128,6 +162,84 @@ def test_a_page_runs_one_edit_at_a_time(editor, session):
         editor.run(session, CONFIG)
     editor.open_example(session, "hill")  # opening another picture stops it
     assert job.ended.wait(60) and job.cancelled and session.last is None
+
+
+def test_of_two_runs_at_once_one_is_refused(editor, session, monkeypatch):
+    """Both look before either has queued its edit: only one may."""
+    editor.open_example(session, "cat")
+    editor.example_arrows(session)
+    looked, recipe, jobs, refused = threading.Barrier(2, timeout=30), editor.recipe, [], []
+    monkeypatch.setattr(editor, "recipe", lambda *given: (looked.wait(), recipe(*given))[1])
+
+    def run():
+        try:
+            jobs.append(editor.run(session, CONFIG))
+        except InputError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(jobs) == len(refused) == 1 and "runs already" in refused[0]
+    assert session.job is jobs[0] and finished(jobs[0])
+
+
+def test_a_run_that_another_picture_overtakes_is_refused(editor, session, monkeypatch):
+    editor.open_example(session, "cat")
+    editor.example_arrows(session)
+    recipe = editor.recipe
+    monkeypatch.setattr(editor, "recipe", lambda *given: (recipe(*given), editor.open_example(session, "hill"))[0])
+    with pytest.raises(InputError, match="another picture was opened"):
+        editor.run(session, CONFIG)
+    assert session.job is None and session.base.name == "hill.png"
+
+
+def test_a_run_of_a_page_that_is_left_meanwhile_is_stopped(editor, monkeypatch):
+    session = editor.shelf.session("gone")
+    editor.open_example(session, "cat")
+    editor.example_arrows(session)
+    recipe = editor.recipe
+    monkeypatch.setattr(editor, "recipe", lambda *given: (recipe(*given), editor.shelf.drop("gone"))[0])
+    job = editor.run(session, DirectDragConfig.preset("default"))
+    assert job.ended.wait(60) and job.cancelled
+
+
+def test_files_of_a_page_that_is_left_are_not_kept(editor, session, tmp_path, monkeypatch):
+    editor.open_example(session, "cat")
+    editor.example_arrows(session)
+    done = finished(editor.run(session, CONFIG))
+    keep = Files(tmp_path, editor.shelf.holds)
+    editor.shelf.on_drop(lambda left: keep.drop(left.key))
+    written = keep._written
+    with monkeypatch.context() as patched:
+        patched.setattr(keep, "_written", lambda *given: (written(*given), editor.shelf.drop(session.key))[0])
+        with pytest.raises(InputError, match="the page was closed, or"):
+            keep.write(session, done)
+    again = editor.shelf.session(session.key)  # the same browser, a page anew
+    with pytest.raises(InputError, match="the page was closed, or"):
+        keep.write(session, done)
+    assert list(tmp_path.iterdir()) == []
+    again.last = done
+    assert keep.write(again, done).result.exists()
+    editor.shelf.drop(again.key)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_uploads_are_swept_once_nobody_writes_to_them(tmp_path):
+    old, new, writing = (tmp_path / name for name in ("a/old.png", "b/new.png", "tmp123"))
+    for path in (old, new, writing):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    for path in (old, old.parent, new.parent):
+        os.utime(path, (time.time() - 200,) * 2)
+    sweep(tmp_path, 120)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "new.png", "tmp123"]
+    os.utime(old.parent, (time.time() - 200,) * 2)
+    sweep(tmp_path, 120)
+    assert not old.parent.exists() and new.exists()
+    sweep(tmp_path / "nowhere", 120)
 
 
 def test_a_page_that_is_left_stops_its_edit(editor):

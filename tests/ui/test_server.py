@@ -10,15 +10,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from ddengine.cli import main
 from ddengine.errors import InputError
-from ddengine.ui.server import HOST, TRIED_PORTS, allowed, open_socket, theme
+from ddengine.ui import server
+from ddengine.ui.server import HOST, allowed, open_socket, theme
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,19 @@ from ddengine.ui.server import HOST, TRIED_PORTS, allowed, open_socket, theme
     [
         ("127.0.0.1:7860", None, True),
         ("localhost:7860", "http://localhost:7860", True),
-        ("127.0.0.1", "http://127.0.0.1:7860", True),
+        ("127.0.0.1", "http://127.0.0.1:80", True),
+        ("localhost:80", "http://localhost", True),
+        ("LOCALHOST:7860", "http://localhost:7860", True),
+        ("127.0.0.1:7860", "http://127.0.0.1:8000", False),  # another server of this machine
+        ("127.0.0.1:7860", "http://127.0.0.1", False),
+        ("127.0.0.1", "http://127.0.0.1:7860", False),
+        ("127.0.0.1:7860", "http://localhost:7860", False),
+        ("127.0.0.1:7860", "https://127.0.0.1:7860", False),
+        ("127.0.0.1:443", "https://127.0.0.1", False),
+        ("127.0.0.1:7860", "http://user@127.0.0.1:7860", False),
+        ("127.0.0.1:99999", None, False),
+        ("127.0.0.1:7860/page", None, False),
+        ("127.0.0.1:7860", "", False),
         ("evil.example:7860", None, False),
         ("127.0.0.1.evil.example", None, False),
         ("127.0.0.1:7860", "https://evil.example", False),
@@ -43,6 +58,21 @@ def test_only_this_machines_own_page_is_let_in(host, origin, let_in):
     assert allowed(headers) is let_in
 
 
+@pytest.mark.parametrize(
+    ("path", "does"),
+    [
+        ("/gradio_api/file=https://example.com/a.png", True),
+        ("/gradio_api/file=HTTP://example.com/a.png", True),
+        ("/gradio_api/proxy=x.hf.space/a.png", True),
+        ("/gradio_api/file=/tmp/ddengine-ui-x/edits/0/cat-edit1.png", False),
+        ("/gradio_api/upload", False),
+        ("/", False),
+    ],
+)
+def test_a_path_that_fetches_from_elsewhere_is_known(path, does):
+    assert server.fetches(path) is does
+
+
 def test_a_port_is_on_the_loopback_address_and_a_taken_one_is_named():
     bound = open_socket(0)
     try:
@@ -53,12 +83,20 @@ def test_a_port_is_on_the_loopback_address_and_a_taken_one_is_named():
         bound.close()
 
 
-def test_without_a_port_the_next_free_one_is_taken():
-    held = []
+def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
+    assert server.FIRST_PORT == 7860
+    held = [open_socket(0)]
     try:
+        first = held[0].getsockname()[1]
+        monkeypatch.setattr(server, "FIRST_PORT", min(first, 65535 - server.TRIED_PORTS))
+        tried = range(server.FIRST_PORT, server.FIRST_PORT + server.TRIED_PORTS)
         held += [open_socket(None), open_socket(None)]
         ports = [one.getsockname()[1] for one in held]
-        assert ports[0] < ports[1] < 7860 + TRIED_PORTS
+        assert len(set(ports)) == 3 and set(ports[1:]) <= set(tried)
+        monkeypatch.setattr(server, "FIRST_PORT", first)
+        monkeypatch.setattr(server, "TRIED_PORTS", 1)
+        with pytest.raises(InputError, match=f"ports {first} to {first} are all taken; choose another with --port"):
+            open_socket(None)
     finally:
         for one in held:
             one.close()
@@ -77,6 +115,23 @@ def test_what_the_command_needs_is_said_before_weights_are_read(monkeypatch):
     done = CliRunner().invoke(main, ["ui"])
     assert done.exit_code == 2 and 'pip install "ddengine[ui]"' in done.stderr
     assert "share" not in CliRunner().invoke(main, ["ui", "--help"]).output
+
+
+def test_what_is_too_old_is_let_go_again_and_again(tmp_path):
+    """The thread beside the server: pages and sources that nobody uses, uploads that were read."""
+    old, purged, waited = tmp_path / "gradio" / "a" / "old.png", [], []
+    old.parent.mkdir(parents=True)
+
+    def wait(seconds):
+        waited.append(seconds)
+        old.write_bytes(b"x")
+        os.utime(old, (time.time() - server.UPLOAD_SECONDS - 1,) * 2)
+        return len(waited) > 2
+
+    editor = SimpleNamespace(shelf=SimpleNamespace(purge=lambda: purged.append(old.exists())))
+    server._purge(editor, tmp_path / "gradio", SimpleNamespace(wait=wait))
+    assert purged == [True, True] and waited == [server.PURGE_SECONDS] * 3
+    assert server.UPLOAD_SECONDS + server.PURGE_SECONDS < 180  # as docs/editor.md says
 
 
 def test_the_theme_fetches_no_fonts():
@@ -103,7 +158,10 @@ def test_the_page_may_load_nothing_from_elsewhere(served):
     assert [tag for tag in tags if not tag.startswith(served.address)] == []
 
 
-@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}])
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "http://127.0.0.1:1"}],
+)
 def test_other_sites_are_refused(served, headers):
     with pytest.raises(urllib.error.HTTPError) as refused:
         get(served, **headers)
@@ -112,9 +170,18 @@ def test_other_sites_are_refused(served, headers):
 
 
 @pytest.mark.parametrize(
-    "path", ["/gradio_api/file=/etc/passwd", "/gradio_api/file=setup.py", "/gradio_api/file=../setup.py", "/docs"]
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=setup.py",
+        "/gradio_api/file=../setup.py",
+        "/gradio_api/file=http://192.0.2.1/a.png",
+        "/gradio_api/file=HTTPS%3A//192.0.2.1/a.png",
+        "/gradio_api/proxy=https://192.0.2.1/a.png",
+        "/docs",
+    ],
 )
-def test_no_file_of_the_machine_is_served(served, path):
+def test_no_file_of_the_machine_or_of_another_is_served(served, path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         get(served, path)
     with refused.value as answer:

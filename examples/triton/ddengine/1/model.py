@@ -6,6 +6,7 @@ One engine an instance. A request's edit is stopped within one step once its cli
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from ddengine.config import DirectDragConfig
 from ddengine.engine import Engine
 from ddengine.errors import BackendUnavailable, Cancelled, DDEngineError, InputError
 from ddengine.progress import Progress
+
+log = logging.getLogger(__name__)
 
 STAGES = ("load", "encode", "invert", "reference", "warp", "drag", "denoise", "decode", "total")  # of `timings`
 
@@ -60,6 +63,10 @@ class TritonPythonModel:
             code, message = error.UNAVAILABLE, str(fault)
         except DDEngineError as fault:
             code, message = error.INTERNAL, str(fault)
+        except Exception as fault:  # a mistake of ours, or memory ran out: the instance and its other requests go on
+            log.exception("an edit failed")
+            code = error.INTERNAL
+            message = f"the edit failed unexpectedly ({type(fault).__name__}); the server's log says more"
         return pb_utils.InferenceResponse(error=error(message, code))
 
     def _edit(self, request: Any) -> list[Any]:
