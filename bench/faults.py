@@ -176,7 +176,7 @@ def _half_a_request(service: Running, client: Client) -> dict[str, Any]:
     left = list(many)
     while left and time.perf_counter() - began < HEAD_S + 10:
         time.sleep(0.01)
-        left = [one for one in left if not _closed(one)]
+        left = [one for one in left if not closed(one)]
     seconds = time.perf_counter() - began
     for one in many:
         one.close()
@@ -186,7 +186,8 @@ def _half_a_request(service: Running, client: Client) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _closed(connection: socket.socket) -> bool:
+def closed(connection: socket.socket) -> bool:
+    """Whether the service has hung up; does not wait."""
     connection.setblocking(False)
     try:
         return connection.recv(1 << 16) == b""

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import httpx
 from serve_fakes import FakeEngine, form
 
+from ddengine.bench.faults import closed
 from ddengine.errors import ModelError
 from ddengine.serve import process
 from ddengine.serve.limits import Limits
@@ -155,17 +156,6 @@ def test_a_lost_worker_ends_the_service_and_says_so(monkeypatch):
         refused(it.url)
         it.join(30)
         assert len(it.ended) == 1 and "worker was lost" in str(it.ended[0])
-
-
-def closed(connection: socket.socket) -> bool:
-    """Whether the service has hung up."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(1 << 16) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
 
 
 def test_a_connection_without_a_request_is_closed(monkeypatch):
