@@ -77,10 +77,10 @@ class Page(Layout):
             self._run, [self.prompt, *look], finished, show_progress="hidden", api_visibility="private",
             concurrency_limit=64, concurrency_id="edits",
         )  # fmt: skip
+        # Without the notice: an edit that ends at once says so before this is answered.
         self.cancel.click(
-            self._guarded(self._cancel), None, [self.notice, self.cancel], queue=False, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+            self._cancel, None, [self.cancel], queue=False, show_progress="hidden", api_visibility="private"
+        )
         self.blocks.unload(self._left)
 
     def _guarded(self, handler: Callable[..., Changes]) -> Callable[..., Changes]:

@@ -70,7 +70,7 @@ def test_faults_are_survived_by_a_process():
     check(found, None)
     half, late = found["half a request"], found["stopped late"]
     assert half["closed"] == half["connections"]
-    assert late["drain_s"] - 0.5 < late["running_s"] < late["drain_s"] + 5 and late["exit_s"] < late["drain_s"] + 10
+    assert late["drain_s"] - 0.5 < late["running_s"] < late["drain_s"] + 20 and late["exit_s"] < late["drain_s"] + 40
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from PIL import Image
 from ddengine.config import PRESETS
 from ddengine.image import read_image
 from ddengine.recipe import read_recipe
+from ddengine.ui.editor import Editor
 from ddengine.ui.files import sweep
 from ddengine.ui.lane import Job
 
@@ -230,8 +231,18 @@ def test_a_running_edit_is_cancelled_and_another_page_waits(visit, browser, serv
     other.page.wait_for_selector("#dd-list li")
     other.press("Run")
     other.page.get_by_text("Waiting: 1 edit before this one").wait_for()
-    other.press("Cancel")
-    other.page.get_by_text("Cancelled; nothing was lost").wait_for()
+    cancel = Editor.cancel
+
+    def slow(editor, session):
+        cancel(editor, session)
+        time.sleep(1)
+
+    monkeypatch.setattr(Editor, "cancel", slow)
+    with other.page.expect_response(lambda answer: "/run/" in answer.url):  # to Cancel, after the edit has ended
+        other.press("Cancel")
+        other.page.get_by_text("Cancelled; nothing was lost").wait_for()
+    other.page.wait_for_timeout(300)
+    assert other.page.get_by_text("Cancelled; nothing was lost").is_visible()
     other.end()
     assert visit.page.get_by_role("button", name="Cancel", exact=True).is_enabled()
     visit.press("Cancel")
