@@ -109,7 +109,10 @@ def read_suite(name: str, data: Path | None = None, *, count: int = 60, limit: i
             raise InputError(f"scenes are drawn, not read: leave out --data {data}, or name another suite")
         return _scenes(count, limit)
     if data is None:
-        raise InputError(f"{name} is read from a folder; name the one it was unpacked to with --data")
+        raise InputError(
+            f"{name} is read from a folder; name the one it was unpacked to with --data, or take --suite scenes, which "
+            f"needs none"
+        )
     return _published(name, data, limit)
 
 

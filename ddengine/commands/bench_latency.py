@@ -106,4 +106,5 @@ def bench_latency(
     if plot is not None and latency_view.timed(facts):
         latency_plot.plot(facts, plot)
     latency.refuse(facts)
-    return facts, latency_view.text(facts)
+    wrote = ", ".join(str(path) for path in (output, csv, plot) if path is not None)
+    return facts, f"{latency_view.text(facts)}\n\nwrote {wrote}"

@@ -52,7 +52,9 @@ class Prepared:
         if config.drag_end_step > len(self.reference.features):
             names.append("drag_end_step")
         if names:
-            had, wanted = ({name: getattr(which, name) for name in names} for which in (self.config, config))
+            had, wanted = (
+                ", ".join(f"{name}={getattr(which, name)}" for name in names) for which in (self.config, config)
+            )
             raise InputError(
                 f"the source was prepared with {had}, the edit asks for {wanted}; prepare the picture again with the "
                 f"edit's configuration"

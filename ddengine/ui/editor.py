@@ -173,7 +173,8 @@ class Editor:
                 session.edits, session.last = number, done
             return done
 
-        job = Job(work, plan_of(config, prepared=held is not None), tuple(drag.target for drag in arrows.drags))
+        plan, targets = plan_of(config, prepared=held is not None), tuple(drag.target for drag in arrows.drags)
+        job = Job(work, plan, targets, config.drag_end_step)
         with self._starting:
             self._check_free(session)
             if session.original is not original:

@@ -27,12 +27,17 @@ _COST = {"drag": 3.0, "denoise": 2.0}
 class Job:
     """One edit under way: what it has told last, whether it is asked to stop, and its end. Safe between threads."""
 
-    def __init__(self, work: Callable[[Job], Any], plan: dict[str, int], targets: tuple[Point, ...] = ()) -> None:
-        """work: computes the result, calling `tell` with every Progress. plan: expected steps by stage."""
-        self._work, self._plan, self.targets = work, plan, targets
+    def __init__(
+        self, work: Callable[[Job], Any], plan: dict[str, int], targets: tuple[Point, ...] = (), drags: int = 0
+    ) -> None:
+        """work: computes the result, calling `tell` with every Progress. plan: expected steps by stage.
+
+        drags: denoising steps that begin with dragging, the first ones; it may end early in each.
+        """
+        self._work, self._plan, self.targets, self._drags = work, plan, targets, drags
         self._lock = threading.Lock()
         self._stop, self.ended = threading.Event(), threading.Event()
-        self._done: dict[str, int] = {}
+        self._done: dict[str, float] = {}
         self._preview_after = 0.0
         self.started: float | None = None
         self.seconds = 0.0
@@ -76,9 +81,14 @@ class Job:
             stages = list(self._plan)
             reached = max((stages.index(stage) for stage in self._done), default=-1)
             total = sum(_COST.get(stage, 1.0) * steps for stage, steps in self._plan.items())
-            # Dragging and denoising alternate, so neither is over before the edit is.
+            # Dragging and denoising alternate, so neither is over before the edit is. What has been dragged is told by
+            # the denoising that follows it, since it may end early.
+            made = dict(self._done)
+            if self._drags and made.get("denoise"):
+                share = min(1.0, made["denoise"] / self._drags)
+                made["drag"] = max(made.get("drag", 0), share * self._plan.get("drag", 0))
             done = sum(
-                _COST.get(stage, 1.0) * (steps if number < reached and stage not in _COST else self._done.get(stage, 0))
+                _COST.get(stage, 1.0) * (steps if number < reached and stage not in _COST else made.get(stage, 0))
                 for number, (stage, steps) in enumerate(self._plan.items())
             )
         return min(1.0, done / total) if total else 0.0

@@ -166,7 +166,10 @@ def _component(field: Field) -> Any:
     shared: dict[str, Any] = {"label": field.label, "info": field.info, "elem_id": f"dd-set-{field.name}"}
     if field.name in settings.SLIDERS:
         low, high, step = settings.SLIDERS[field.name]
-        return gr.Slider(low, high, value=value, step=step, **shared)
+        slider = gr.Slider(low, high, value=value, step=step, **shared)
+        # Its number may be anything while it is typed: the settings' own rules say what is wrong with it.
+        slider.preprocess = lambda payload: payload  # type: ignore[method-assign]
+        return slider
     if field.kind == "switch":
         return gr.Checkbox(value, **shared)
     if field.kind == "choice":

@@ -16,7 +16,7 @@ FRONT: dict[str, tuple[str, str]] = {
     "preserve": ("Keep untouched pixels", "Take the picture's own pixels wherever the edit changed nothing"),
 }
 SLIDERS = {"soft_mask_sigma": (5, 120, 1), "drag_end_step": (0, 30, 1)}  # what is useful; rules allow more
-PRESET_WORDS = {"preview": "Quick look", "fast": "Fast", "default": "Best"}
+PRESET_WORDS = {"preview": "Quick look", "fast": "Fast", "default": "Full"}
 OTHER_PRESETS = {
     "paper": "DirectDrag's numbers, as its paper has them",
     "authors": "DirectDrag's published code",
@@ -106,8 +106,9 @@ def preset_of(config: DirectDragConfig) -> str | None:
 
 
 def sentence(text: str) -> str:
-    """A text that begins with a capital letter, unless it begins with the name of a setting."""
-    return text if text.partition(" ")[0] in RULES else text[:1].upper() + text[1:]
+    """A text that begins with a capital letter, unless it begins with the name of a setting or of a file."""
+    first = text.partition(" ")[0]
+    return text if first in RULES or "." in first.rstrip(".,:;") else text[:1].upper() + text[1:]
 
 
 def _shown(field: Field, value: Any) -> Any:

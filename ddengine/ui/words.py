@@ -41,7 +41,7 @@ def hint(session: Session, busy: bool = False) -> str:
     file = f'<span class="dd-file">{html.escape(session.base.name)}, {width} x {height}</span>'
     said = session.arrows.hint()
     if busy:
-        said = "Red is where the point is now, blue where it goes. The picture is coarse until the end."
+        said = "Red is the point now, blue where it goes; coarse until the end."
     return f'<p class="dd-hint"><span role="status">{said}</span>{file}</p>'
 
 

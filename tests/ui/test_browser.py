@@ -302,6 +302,11 @@ def test_what_is_wrong_is_said_and_nothing_is_lost(visit, tmp_path):
     page.set_input_files("#dd-pictures input[type=file]", bad)
     page.get_by_role("alert").get_by_text("bad.png").wait_for()
     assert visit.arrows() == ["194, 74 → 209, 54"]
+    steps = page.locator("#dd-set-drag_end_step input[type=number]")
+    steps.fill("")
+    page.get_by_role("alert").get_by_text("Drag steps is empty").wait_for()
+    steps.fill("7")
+    page.get_by_role("alert").wait_for(state="detached")
     page.get_by_role("button", name="Advanced").click()
     page.fill("#dd-set-r2 input", "999")
     page.locator("#dd-set-r2 input").press("Tab")

@@ -144,5 +144,15 @@ def test_the_share_never_falls_and_ends_at_one():
     assert seen == sorted(seen) and 0 < seen[0] < seen[-1] == 1
 
 
+def test_dragging_that_ends_early_is_not_waited_for():
+    job = Job(lambda job: None, {"drag": 20, "denoise": 10, "decode": 1}, drags=2)
+    for stage in (("drag", 1, 20), ("denoise", 1, 10)):
+        job.tell(Progress(*stage))
+    assert job.share() == pytest.approx((3 * 10 + 2) / 81)
+    for stage in (("drag", 2, 20), ("denoise", 2, 10), ("denoise", 10, 10)):
+        job.tell(Progress(*stage))
+    assert job.share() == pytest.approx(80 / 81)
+
+
 def test_an_empty_plan_is_no_division():
     assert Job(lambda job: None, {}).share() == 0
