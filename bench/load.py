@@ -247,9 +247,9 @@ def text(facts: dict[str, Any]) -> str:
         f"| {name} | " + " | ".join(cells) + " |" for name, cells in _totals([facts[k] for k in names if k in facts])
     ]
     if "faults" in facts:
-        from ddengine.bench import faults
+        from ddengine.bench import faults_view
 
-        lines += ["", faults.text(facts["faults"])]
+        lines += ["", faults_view.text(facts["faults"])]
     return "\n".join(lines)
 
 

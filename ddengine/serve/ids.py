@@ -13,9 +13,8 @@ _FORM = re.compile(r"[a-z]{3}_[A-Za-z0-9_-]{24}[0-9a-f]{24}")
 class Ids:
     """Makes and recognises ids: 144 random bits and a keyed digest of them, their kind and their owner."""
 
-    def __init__(self, secret: bytes | None = None) -> None:
-        """secret: what several applications share that are to know each other's ids; by default one of its own."""
-        self._secret = secret or secrets.token_bytes(32)
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)  # so that no other application's ids are known here
 
     def new(self, kind: str, owner: str = "") -> str:
         """A new id of a kind (three letters) for an owner."""

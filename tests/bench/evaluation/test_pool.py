@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,6 @@ def test_without_anybody_left_the_reason_is_raised_but_only_for_jobs_that_are_le
 def test_leaving_early_ends_the_processes(work):
     answers = in_processes(work.Squares(), range(100), 2)
     next(answers)
-    answers.close()  # waits for them: a process that lived on would hang here
+    assert multiprocessing.active_children()
+    answers.close()  # waits for them
+    assert not multiprocessing.active_children()
