@@ -59,6 +59,8 @@ class LocalWorkers:
         finally:
             if not ended:
                 self.worker.cancel(job.id)
+                if isinstance(job, PrepareJob):  # it may be there already: nobody will ever name it
+                    self.worker.forget(job.source)
 
     async def forget(self, source: str) -> bool:
         return self.worker.forget(source)
